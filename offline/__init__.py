@@ -1,0 +1,11 @@
+"""The converter: a causal language model in, a ReQuant checkpoint out. Never imports vLLM.
+
+``models``       loading a model and finding the layers to quantize
+``calibration``  token sequences to measure sensitivities on
+``bases``        dense quantizers behind one interface
+``pqi``          the post-quantization integral
+``outliers``     algorithm 1, the self-adaptive outlier ratio
+``significant``  algorithm 2, the step-wise detach of significant weights
+``pipeline``     the six steps
+``evaluate``     perplexity, KL divergence, top-1 agreement
+"""

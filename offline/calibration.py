@@ -1,0 +1,165 @@
+"""Token sequences to measure sensitivities on: from the model itself, from a file, or from a Hub data set."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .progress import track
+
+__all__ = ["Calibration", "CalibrationError", "check_dataset", "load_calibration", "read_text"]
+
+log = logging.getLogger(__name__)
+SELF = "self"
+_GENERATION_BATCH = 16
+
+
+class CalibrationError(ValueError):
+    """The calibration text cannot be read or is too short."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration sequences.
+
+    Attributes:
+        tokens: int64 ``[num_samples, seq_len]``.
+        dataset: where they are from, as the user named it.
+        fingerprint: sha256 of the tokens.
+    """
+
+    tokens: Tensor
+    dataset: str
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        samples, seq_len = self.tokens.shape
+        return {
+            "dataset": self.dataset,
+            "num_samples": samples,
+            "seq_len": seq_len,
+            "sha256": self.fingerprint,
+        }
+
+
+def check_dataset(dataset: str) -> None:
+    """Refuse a data set that cannot be had, before anything expensive.
+
+    Raises:
+        CalibrationError: a file that does not exist, or a Hub name without the ``datasets`` package.
+    """
+    if dataset == SELF:
+        return
+    path = Path(dataset)
+    if path.is_file():
+        return
+    if path.suffix in (".txt", ".raw", ".md", ".jsonl", ".json") or dataset.startswith((".", "/", "~")):
+        raise CalibrationError(f"{dataset}: no such file")
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        raise CalibrationError(
+            f"{dataset}: no such file; to read it as a Hub data set install the 'eval' extra (package datasets)"
+        ) from None
+
+
+def load_calibration(
+    dataset: str, model: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int
+) -> Calibration:
+    """Calibration sequences, the same for the same arguments.
+
+    Args:
+        dataset: "self" (text sampled from the model), a text or JSONL file, or a Hub data set (train split,
+            ``NAME`` or ``NAME:CONFIG``).
+        num_samples: sequences.
+        seq_len: tokens in each.
+
+    Raises:
+        CalibrationError: the text is missing or shorter than ``num_samples · seq_len`` tokens.
+    """
+    if dataset == SELF:
+        return Calibration(_sample_from_model(model, tokenizer, num_samples, seq_len, seed), dataset)
+    text = read_text(dataset)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    if ids.numel() < num_samples * seq_len:
+        raise CalibrationError(
+            f"{dataset}: {ids.numel()} tokens, but {num_samples} sequences of {seq_len} need "
+            f"{num_samples * seq_len}; lower --num-samples or --seq-len"
+        )
+    # one window from each of num_samples equal stretches: random, and never overlapping
+    stretch = ids.numel() // num_samples
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randint(0, stretch - seq_len + 1, (num_samples,), generator=generator)
+    starts = torch.arange(num_samples) * stretch + offsets
+    return Calibration(torch.stack([ids[start : start + seq_len] for start in starts.tolist()]), dataset)
+
+
+def read_text(dataset: str, split: str = "train") -> str:
+    """All text of a file (JSONL: the ``text`` field of each line) or of a Hub data set."""
+    path = Path(dataset)
+    if not path.is_file():
+        check_dataset(dataset)
+        return _hub_text(dataset, split)
+    content = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return content
+    texts = []
+    for number, line in enumerate(filter(str.strip, content.splitlines()), start=1):
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise CalibrationError(f'{dataset}: line {number} is not a JSON object with a "text" field') from None
+    return "\n\n".join(texts)
+
+
+def _hub_text(dataset: str, split: str) -> str:
+    import datasets
+
+    name, _, config = dataset.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
+        return "\n\n".join(row["text"] for row in rows.take(20_000))
+    except Exception as error:  # the package raises many unrelated types
+        raise CalibrationError(f"{dataset}: cannot be read from the Hub: {error}") from error
+
+
+@torch.no_grad()
+def _sample_from_model(model: Any, tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Tensor:
+    """Ancestral sampling at temperature 1 from the beginning-of-text token.
+
+    An end-of-text token does not stop a sequence: what follows it is another document, as in pre-training.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    generator = torch.Generator().manual_seed(seed)
+    # a random first token after the start keeps instruction-tuned models from repeating one opening
+    special = set(tokenizer.all_special_ids)
+    vocabulary = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
+    first = vocabulary[torch.randint(len(vocabulary), (num_samples, 1), generator=generator)]
+    prompts = first if start is None else torch.cat([torch.full((num_samples, 1), start), first], dim=1)
+    device = next(model.parameters()).device
+    batches = []
+    for prompt in track(
+        prompts.split(_GENERATION_BATCH), "sampling calibration text", -(-num_samples // _GENERATION_BATCH)
+    ):
+        batches.append(_sample_batch(model, prompt.to(device), seq_len, generator).cpu())
+    return torch.cat(batches)
+
+
+def _sample_batch(model: Any, tokens: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:
+    step, cache = tokens, None
+    while tokens.shape[1] < seq_len:
+        output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        # the draw is on the CPU in float64: the same on every device up to the logits themselves
+        probability = torch.softmax(output.logits[:, -1].double().cpu(), dim=-1)
+        step = torch.multinomial(probability, 1, generator=generator).to(tokens.device)
+        tokens = torch.cat([tokens, step], dim=1)
+    return tokens[:, :seq_len]

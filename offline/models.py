@@ -1,0 +1,187 @@
+"""Loading a causal language model, finding the layers to quantize, saving what stays 16-bit.
+
+A source is a local folder, a GGUF file, or a Hub id. Everything that can be refused is refused before
+weights are read. No remote code and no pickle is ever executed.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CausalLM", "ModelError", "find_layers", "load_causal_lm", "load_tokenizer", "resolve_source"]
+
+log = logging.getLogger(__name__)
+
+
+class ModelError(ValueError):
+    """The model cannot be loaded or is not one that the converter supports."""
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A loaded model.
+
+    Attributes:
+        model: in evaluation mode, float32 parameters that hold values representable in ``dtype``.
+        tokenizer: its tokenizer.
+        dtype: the 16-bit type in which unquantized tensors are stored.
+        source: as the user gave it.
+        revision: resolved Hub commit, or None for a local source.
+    """
+
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    source: str
+    revision: str | None
+
+
+def resolve_source(source: str) -> dict[str, Any]:
+    """Keyword arguments with which transformers finds the model.
+
+    Raises:
+        ModelError: the source is neither a readable folder, a GGUF file nor the form of a Hub id.
+    """
+    path = Path(source)
+    if source.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"{source}: no such GGUF file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            raise ModelError(f"{source}: the folder holds no config.json, so it is not a Hugging Face model")
+        try:
+            content = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{config}: is not valid JSON ({error})") from None
+        if "quantization_config" in content:
+            method = content["quantization_config"].get("quant_method", "unknown")
+            raise ModelError(f"{source}: the model is quantized already ({method}); give the 16-bit original")
+        if not any(path.glob("*.safetensors")):
+            raise ModelError(
+                f"{source}: holds no .safetensors file; other weight files are not read, convert them first"
+            )
+        return {"pretrained_model_name_or_path": source}
+    if path.exists():
+        raise ModelError(f"{source}: is neither a folder nor a .gguf file")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"{source}: no such folder")
+    return {"pretrained_model_name_or_path": source}
+
+
+def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a model source."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, source, revision=revision)
+
+
+def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "auto") -> CausalLM:
+    """Load a model for conversion.
+
+    Args:
+        source: local folder, GGUF file or Hub id.
+        revision: branch, tag or commit, for a Hub id.
+        dtype: "bfloat16", "float16", or "auto": the model's own type if it has 16 bits, else bfloat16.
+
+    Raises:
+        ModelError: nothing there, not a causal language model, or not supported.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    extra: dict[str, Any] = {"dtype": "auto"}
+    if source.lower().endswith(".gguf"):
+        # without it the weights stay packed and can neither be differentiated nor saved
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        extra["use_safetensors"] = True
+    tokenizer = load_tokenizer(source, revision=revision)
+    model = _from_pretrained(AutoModelForCausalLM, source, revision=revision, **extra)
+    stored = next(model.parameters()).dtype
+    if dtype != "auto":
+        target = {"bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    else:
+        target = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+    # the 16-bit model is the reference: round once here, compute in float32 from there on
+    model = model.to(target).float().eval()
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    commit = getattr(model.config, "_commit_hash", None)
+    return CausalLM(model, tokenizer, target, source, commit)
+
+
+def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder blocks, by name, in the order of the forward pass.
+
+    Embeddings and the output head are not among them.
+
+    Raises:
+        ModelError: the blocks hold weight matrices that are not ``nn.Linear``.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__}: no list of decoder blocks found")
+    # the list that holds most parameters is the decoder's; lists inside a block are smaller
+    prefix, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    layers = {f"{prefix}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+    known = {id(module.weight) for module in layers.values()}
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim >= 2 and id(parameter) not in known:
+            raise ModelError(
+                f"{prefix}.{name} {list(parameter.shape)} is a weight but not an nn.Linear "
+                "(mixture of experts or Conv1D): this architecture is not supported yet"
+            )
+    if not layers:
+        raise ModelError(f"{type(model).__name__}: the decoder blocks hold no nn.Linear")
+    return layers
+
+
+def head_module(model: nn.Module) -> tuple[str, Tensor]:
+    """Name and weight of the matrix that makes the logits: the embedding when both are tied."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    tied = head is None or head.weight is embedding.weight
+    target = embedding if tied else head
+    name = next(name for name, module in model.named_modules() if module is target)
+    return name, target.weight.data
+
+
+def other_tensors(lm: CausalLM, quantized: set[str]) -> dict[str, Tensor]:
+    """What is stored beside the quantized layers, in ``lm.dtype``, without doubles of tied weights."""
+    head, embedding = lm.model.get_output_embeddings(), lm.model.get_input_embeddings()
+    skip = {f"{name}.weight" for name in quantized}
+    if head is not None and head.weight is embedding.weight:
+        skip |= {f"{name}.weight" for name, module in lm.model.named_modules() if module is head}
+    return {
+        name: tensor.to(lm.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in lm.model.state_dict().items()
+        if name not in skip
+    }
+
+
+def model_config(lm: CausalLM) -> dict[str, Any]:
+    """``config.json`` of the stored model, without ``quantization_config``."""
+    config: dict[str, Any] = json.loads(lm.model.config.to_json_string(use_diff=True))
+    config.pop("_name_or_path", None)
+    config["architectures"] = [type(lm.model).__name__]
+    config["dtype"] = str(lm.dtype).removeprefix("torch.")
+    config["use_cache"] = True
+    return config
+
+
+def _from_pretrained(auto_class: Any, source: str, *, revision: str | None, **extra: Any) -> Any:
+    arguments = resolve_source(source) | extra
+    if revision is not None:
+        arguments["revision"] = revision
+    try:
+        return auto_class.from_pretrained(trust_remote_code=False, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{source}: cannot be loaded: {first_line}") from error

@@ -1,0 +1,127 @@
+"""Algorithm 1: which share of each layer's weights becomes outliers, and which weights those are.
+
+The paper derives the ratio of a layer from the PQI of the pre-quantized model; the rule below is our own:
+``r_l ∝ S_l^τ`` with S_l the mean PQI of the layer, clipped, scaled so that the budget is met exactly, τ chosen by
+measurement. τ = 0 is the uniform ratio.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["TAUS", "adaptive_counts", "largest_magnitude", "random_positions", "squeezellm_positions"]
+
+TAUS = (0.0, 0.5, 1.0)
+_MAX_FACTOR = 8.0  # a layer gets at most this many times the overall ratio
+
+
+def adaptive_counts(mean_score: Mapping[str, float], numel: Mapping[str, int], budget: int, tau: float) -> dict[str, int]:
+    """Outliers of each layer.
+
+    Args:
+        mean_score: S_l, the mean PQI of each layer.
+        numel: weights of each layer.
+        budget: outliers in all layers together.
+        tau: exponent.
+
+    Returns:
+        Counts that sum to ``budget``, none above ``_MAX_FACTOR`` times the layer's even share.
+    """
+    total = sum(numel.values())
+    if not 0 <= budget <= total:
+        raise ValueError(f"a budget of {budget} outliers does not fit {total} weights")
+    cap = {name: min(float(n), _MAX_FACTOR * budget * n / total) for name, n in numel.items()}
+    wish = {name: max(mean_score[name], 0.0) ** tau * n for name, n in numel.items()}
+    if not sum(wish.values()):
+        wish = {name: float(n) for name, n in numel.items()}
+    share: dict[str, float] = {}
+    free, left = dict(wish), float(budget)
+    # whoever would exceed the cap gets the cap; the rest is divided anew among the others
+    while free:
+        scale = left / sum(free.values()) if sum(free.values()) else 0.0
+        over = [name for name, value in free.items() if value * scale > cap[name]]
+        if not over:
+            share |= {name: value * scale for name, value in free.items()}
+            break
+        for name in over:
+            share[name] = cap[name]
+            left -= cap[name]
+            del free[name]
+    return _round_to_sum(share, numel, budget)
+
+
+def _round_to_sum(share: Mapping[str, float], numel: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Largest-remainder rounding."""
+    counts = {name: min(int(value), numel[name]) for name, value in share.items()}
+    by_remainder = sorted(share, key=lambda name: (counts[name] - share[name], name))
+    missing = budget - sum(counts.values())
+    while missing > 0:
+        for name in by_remainder:
+            if missing and counts[name] < numel[name]:
+                counts[name] += 1
+                missing -= 1
+    return {name: counts[name] for name in numel}
+
+
+def largest_magnitude(weights: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Positions of the ``counts[name]`` largest ``|w|`` of every layer, as bool masks."""
+    return {name: _top(weight.abs(), counts[name]) for name, weight in weights.items()}
+
+
+def random_positions(weights: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:
+    """The control: the same share of every layer, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: _top(torch.rand(weight.shape, generator=generator), round(share * weight.numel()))
+        for name, weight in weights.items()
+    }
+
+
+def squeezellm_positions(
+    weights: Mapping[str, Tensor], fisher: Mapping[str, Tensor], outliers: float, sensitive: float
+) -> dict[str, Tensor]:
+    """SqueezeLLM's own sparse part, for comparison at equal size (arXiv 2306.07629, section 4.2).
+
+    The ``sensitive`` share of each layer by Fisher information, and everything outside
+    ``[Q1 − k·IQR, Q3 + k·IQR]`` with one k for all layers, set so that ``outliers`` of all weights are found.
+    """
+    masks = {name: _top(fisher[name], round(sensitive * weight.numel())) for name, weight in weights.items()}
+    distance, ranges = {}, {}
+    for name, weight in weights.items():
+        ordered = weight.flatten().sort().values
+        q1, q3 = ordered[ordered.numel() // 4], ordered[ordered.numel() * 3 // 4]
+        distance[name] = torch.maximum(q1 - weight, weight - q3).masked_fill(masks[name], -torch.inf)
+        ranges[name] = (q3 - q1).clamp(min=1e-12)
+    # in units of its layer's interquartile range one threshold serves all layers
+    total = sum(weight.numel() for weight in weights.values())
+    wanted = round(outliers * total)
+    chosen = top_over_layers({name: distance[name] / ranges[name] for name in weights}, wanted)
+    return {name: masks[name] | chosen[name] for name in weights}
+
+
+def top_over_layers(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The ``count`` largest scores of all layers together, as bool masks.
+
+    Needs no copy of all scores: each layer offers its own best ``count`` to the common ranking.
+    """
+    if count == 0:
+        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
+    offers = {name: torch.topk(score.flatten(), min(count, score.numel())) for name, score in scores.items()}
+    values = torch.cat([offer.values for offer in offers.values()])
+    winners = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+    winners[torch.topk(values, min(count, values.numel())).indices] = True
+    masks = {}
+    for (name, score), won in zip(
+        scores.items(), winners.split([len(offer.values) for offer in offers.values()]), strict=True
+    ):
+        mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+        mask[offers[name].indices[won]] = True
+        masks[name] = mask.view_as(score)
+    return masks
+
+
+def _top(score: Tensor, count: int) -> Tensor:
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    mask[torch.topk(score.flatten(), count).indices] = True
+    return mask.view_as(score)

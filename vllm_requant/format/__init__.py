@@ -1,0 +1,25 @@
+"""The ReQuant checkpoint: see SPEC.md in this folder."""
+
+from .errors import ReQuantFormatError
+from .layer import QuantizedLayer
+from .schema import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    CheckpointConfig,
+    LayerSpec,
+    LutSpec,
+    UniformSpec,
+    parse_config,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "CheckpointConfig",
+    "LayerSpec",
+    "LutSpec",
+    "QuantizedLayer",
+    "ReQuantFormatError",
+    "UniformSpec",
+    "parse_config",
+]

@@ -1,0 +1,118 @@
+"""The arithmetic of each dense kind: check, dequantize, cut columns. A kind is an entry of :data:`KINDS`.
+
+Functions take the tensors by suffix, exactly as SPEC.md, section 4, lists them, and assume the shapes that
+the schema gives; values are what :attr:`Kind.check` looks at.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from ..kernels.bitstream import pack_codes, unpack_codes
+from .schema import LutSpec, UniformSpec
+
+__all__ = ["KINDS", "Kind"]
+
+Tensors = Mapping[str, Tensor]
+
+
+class Kind(NamedTuple):
+    """What can be done with the dense part of a layer.
+
+    Attributes:
+        check: ``(spec, tensors) → (suffix, reason) | None``, the first broken rule.
+        dequantize: ``(spec, tensors) → float32 [out_features, in_features]``.
+        slice_columns: ``(spec, tensors, start, stop) → (spec, tensors)`` for that range of input features; the
+            new spec has ``nnz`` 0. Raises ``ValueError`` where the kind cannot be cut there.
+    """
+
+    check: Callable[[Any, Tensors], tuple[str, str] | None]
+    dequantize: Callable[[Any, Tensors], Tensor]
+    slice_columns: Callable[[Any, Tensors, int, int], tuple[Any, dict[str, Tensor]]]
+
+
+def _pad_bits_set(packed: Tensor, count: int, bits: int) -> bool:
+    used = count * bits % 8
+    return used != 0 and bool((packed[:, -1] >> used).any())
+
+
+def _slice_codes(packed: Tensor, bits: int, count: int, start: int, stop: int) -> Tensor:
+    return pack_codes(unpack_codes(packed, bits, count)[:, start:stop], bits)
+
+
+def _check_uniform(spec: UniformSpec, tensors: Tensors) -> tuple[str, str] | None:
+    scales = tensors["scales"]
+    if not (torch.isfinite(scales) & (scales > 0)).all():
+        return "scales", "a scale is not finite and positive"
+    for suffix, count in (("qweight", spec.in_features), ("qzeros", spec.groups)):
+        if _pad_bits_set(tensors[suffix], count, spec.bits):
+            return suffix, "pad bits are not zero"
+    return None
+
+
+def _dequantize_uniform(spec: UniformSpec, tensors: Tensors) -> Tensor:
+    return reference.dequantize_uniform(
+        tensors["qweight"],
+        tensors["scales"],
+        tensors["qzeros"],
+        bits=spec.bits,
+        group_size=spec.group_size,
+        in_features=spec.in_features,
+    )
+
+
+def _slice_uniform(
+    spec: UniformSpec, tensors: Tensors, start: int, stop: int
+) -> tuple[UniformSpec, dict[str, Tensor]]:
+    # a group that the border cuts becomes two with the same scale and zero point
+    group = math.gcd(spec.group_size, start)
+    if stop != spec.in_features:
+        group = math.gcd(group, stop)
+    if group % 32:
+        raise ValueError(
+            f"input features {start}:{stop} cut a group of {spec.group_size} into pieces of {group}; "
+            "borders must be multiples of 32"
+        )
+    width = stop - start
+    first = torch.arange(start, stop, group) // spec.group_size
+    zeros = unpack_codes(tensors["qzeros"], spec.bits, spec.groups)[:, first]
+    sliced = UniformSpec(
+        bits=spec.bits, group_size=group, in_features=width, out_features=spec.out_features
+    )
+    return sliced, {
+        "qweight": _slice_codes(tensors["qweight"], spec.bits, spec.in_features, start, stop),
+        "scales": tensors["scales"][:, first].contiguous(),
+        "qzeros": pack_codes(zeros, spec.bits),
+    }
+
+
+def _check_lut(spec: LutSpec, tensors: Tensors) -> tuple[str, str] | None:
+    if not torch.isfinite(tensors["lookup_table"]).all():
+        return "lookup_table", "an entry is not finite"
+    if _pad_bits_set(tensors["qweight"], spec.in_features, spec.bits):
+        return "qweight", "pad bits are not zero"
+    return None
+
+
+def _dequantize_lut(spec: LutSpec, tensors: Tensors) -> Tensor:
+    return reference.dequantize_lut(
+        tensors["qweight"], tensors["lookup_table"], bits=spec.bits, in_features=spec.in_features
+    )
+
+
+def _slice_lut(spec: LutSpec, tensors: Tensors, start: int, stop: int) -> tuple[LutSpec, dict[str, Tensor]]:
+    sliced = LutSpec(bits=spec.bits, in_features=stop - start, out_features=spec.out_features)
+    return sliced, {
+        "qweight": _slice_codes(tensors["qweight"], spec.bits, spec.in_features, start, stop),
+        "lookup_table": tensors["lookup_table"].clone(),
+    }
+
+
+KINDS: dict[str, Kind] = {
+    "uniform": Kind(_check_uniform, _dequantize_uniform, _slice_uniform),
+    "lut": Kind(_check_lut, _dequantize_lut, _slice_lut),
+}

@@ -1,0 +1,212 @@
+"""What ``quantization_config`` may say: the schema of SPEC.md, section 3, and the tensors that follow from it.
+
+The arithmetic of a kind stands in :mod:`.kinds`. This module allocates nothing and reads no tensor: shapes
+and sizes of a whole checkpoint are known from its ``config.json`` alone.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..kernels.bitstream import row_bytes
+from .errors import ReQuantFormatError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "SAFETENSORS_DTYPES",
+    "SPARSE_TENSORS",
+    "CheckpointConfig",
+    "LayerSpec",
+    "LutSpec",
+    "TensorSpec",
+    "UniformSpec",
+    "parse_config",
+]
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "requant"
+SPARSE_TENSORS = ("sparse_indptr", "sparse_indices", "sparse_values")
+SAFETENSORS_DTYPES = {
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.int32: "I32",
+    torch.uint16: "U16",
+}
+_MAX_INT32 = 2**31 - 1
+_UINT16_COLUMNS = 2**16
+
+
+class TensorSpec(NamedTuple):
+    """Type and shape that a stored tensor must have."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _LayerBase(BaseModel):
+    # strict: JSON's true is not the integer 1, and "4" is not 4
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    in_features: int = Field(ge=1, le=_MAX_INT32)
+    out_features: int = Field(ge=1, le=_MAX_INT32)
+    nnz: int = Field(default=0, ge=0, le=_MAX_INT32)
+
+    @model_validator(mode="after")
+    def _nnz_fits(self) -> "_LayerBase":
+        if self.nnz > self.numel:
+            raise ValueError(f"nnz {self.nnz} exceeds the {self.numel} weights of the layer")
+        return self
+
+    @property
+    def numel(self) -> int:
+        """Weights of the layer."""
+        return self.in_features * self.out_features
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """Type of the sparse column indices."""
+        return torch.uint16 if self.in_features <= _UINT16_COLUMNS else torch.int32
+
+    def dense_tensors(self) -> dict[str, TensorSpec]:
+        """Stored tensors of the dense part, by suffix."""
+        raise NotImplementedError
+
+    def sparse_tensors(self) -> dict[str, TensorSpec]:
+        """Stored tensors of the sparse part, by suffix; none when the layer has no sparse elements."""
+        if self.nnz == 0:
+            return {}
+        return {
+            "sparse_indptr": TensorSpec(torch.int32, (self.out_features + 1,)),
+            "sparse_indices": TensorSpec(self.index_dtype, (self.nnz,)),
+            "sparse_values": TensorSpec(torch.float16, (self.nnz,)),
+        }
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """All stored tensors of the layer, by suffix."""
+        return self.dense_tensors() | self.sparse_tensors()
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.dense_tensors().values())
+
+    @property
+    def sparse_nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.sparse_tensors().values())
+
+    @property
+    def nbytes(self) -> int:
+        """Every stored byte of the layer, bias apart."""
+        return self.dense_nbytes + self.sparse_nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.numel
+
+
+class UniformSpec(_LayerBase):
+    """Group-wise asymmetric integers: ``(code − zero_point) · scale``."""
+
+    kind: Literal["uniform"] = "uniform"
+    bits: Literal[2, 3, 4, 8]
+    group_size: int = Field(ge=32, le=65536, multiple_of=32)
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; the last may be shorter."""
+        return -(-self.in_features // self.group_size)
+
+    def dense_tensors(self) -> dict[str, TensorSpec]:
+        rows = self.out_features
+        return {
+            "qweight": TensorSpec(torch.uint8, (rows, row_bytes(self.in_features, self.bits))),
+            "scales": TensorSpec(torch.float16, (rows, self.groups)),
+            "qzeros": TensorSpec(torch.uint8, (rows, row_bytes(self.groups, self.bits))),
+        }
+
+
+class LutSpec(_LayerBase):
+    """A table of ``2**bits`` values per output row."""
+
+    kind: Literal["lut"] = "lut"
+    bits: Literal[2, 3, 4]
+
+    def dense_tensors(self) -> dict[str, TensorSpec]:
+        rows = self.out_features
+        return {
+            "qweight": TensorSpec(torch.uint8, (rows, row_bytes(self.in_features, self.bits))),
+            "lookup_table": TensorSpec(torch.float16, (rows, 1 << self.bits)),
+        }
+
+
+LayerSpec = UniformSpec | LutSpec
+
+
+class CheckpointConfig(BaseModel):
+    """The ``quantization_config`` entry of ``config.json``.
+
+    ``producer`` says which program wrote the checkpoint, ``provenance`` from what and how; neither
+    influences reading.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    quant_method: Literal["requant"] = QUANT_METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    producer: dict[str, Any] = Field(default_factory=dict)
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    layers: dict[str, Annotated[LayerSpec, Field(discriminator="kind")]] = Field(min_length=1)
+
+    @property
+    def numel(self) -> int:
+        """Weights in all quantized layers."""
+        return sum(spec.numel for spec in self.layers.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all quantized layers."""
+        return sum(spec.nbytes for spec in self.layers.values())
+
+    @property
+    def nnz(self) -> int:
+        return sum(spec.nnz for spec in self.layers.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of all quantized layers over their weights (SPEC.md, section 7)."""
+        return 8 * self.nbytes / self.numel
+
+
+def parse_config(config: Mapping[str, Any], *, file: str | None = None) -> CheckpointConfig:
+    """Parse and check a ``quantization_config`` entry.
+
+    Raises:
+        ReQuantFormatError: wrong method, unknown version, unknown key, wrong type or value out of range;
+            the first offence is named.
+    """
+    method = config.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ReQuantFormatError(
+            f"not a ReQuant checkpoint (quant_method is {method!r})", file=file, tensor="quantization_config"
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ReQuantFormatError(
+            f"format version {version!r} is not one this program reads ({FORMAT_VERSION}); "
+            "a newer vllm-requant may read it",
+            file=file,
+            tensor="quantization_config.format_version",
+        )
+    try:
+        return CheckpointConfig.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(["quantization_config", *map(str, first["loc"])])
+        raise ReQuantFormatError(f"{first['msg']} (got {first['input']!r:.80})", file=file, tensor=path) from None

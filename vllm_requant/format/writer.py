@@ -1,0 +1,107 @@
+"""Writing a checkpoint so that an interrupted run never leaves something that looks complete.
+
+Everything is written into a folder beside the target, ``config.json`` last, and renamed into place.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .layer import QuantizedLayer
+from .reader import CONFIG_NAME, INDEX_NAME
+from .schema import CheckpointConfig
+
+__all__ = ["check_output", "staged_folder", "write_tensors"]
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a target that must not be touched; meant to be called before any expensive work.
+
+    Raises:
+        FileExistsError: the folder exists and is not empty, and ``overwrite`` is not set.
+        NotADirectoryError: the target, or the nearest existing folder above it, is a file.
+        PermissionError: the folder above cannot be written to.
+    """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; name a folder with -o")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"{folder} exists and is not empty; pass --overwrite or name another folder with -o")
+    above = folder.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file, so {folder} cannot be created")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{above} is not writable, so {folder} cannot be created")
+
+
+@contextmanager
+def staged_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into that becomes ``folder`` when the block ends, and vanishes when it raises.
+
+    An existing target is replaced only after the new one is complete.
+    """
+    check_output(folder, overwrite=overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    retired = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        if folder.exists():
+            folder.rename(retired)
+        staging.rename(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        if retired.exists() and not folder.exists():
+            retired.rename(folder)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_tensors(
+    folder: Path,
+    model_config: Mapping[str, Any],
+    config: CheckpointConfig,
+    layers: Mapping[str, QuantizedLayer],
+    others: Mapping[str, Tensor],
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write all tensors, the index, and at last ``config.json``.
+
+    Args:
+        folder: an existing, private folder (see :func:`staged_folder`).
+        model_config: the model's configuration, without ``quantization_config``.
+        config: what stands there instead.
+        layers: quantized layers by module, exactly those of ``config``.
+        others: all remaining tensors by name.
+        max_shard_size: bytes, or a size as huggingface_hub reads it.
+    """
+    if {name: layer.spec for name, layer in layers.items()} != dict(config.layers):
+        raise ValueError("the layers to write are not those of the configuration")
+    tensors = dict(others)
+    for module, layer in layers.items():
+        layer.check(name=module)
+        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in layer.tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file_name, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file_name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / INDEX_NAME, index)
+    entry = config.model_dump(mode="json")
+    _write_json(folder / CONFIG_NAME, {**model_config, "quantization_config": entry})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
