@@ -1,0 +1,155 @@
+"""y = x · (dense + sparse)ᵀ on low-bit weights: repack once for a device, then multiply or look rows up.
+
+Tensors are validated by whoever loads them (:mod:`vllm_requant.format`); the kernels check what they need in
+order not to read outside a tensor. Importing this package loads no native code; the first call on the CPU does.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import cpu, ops
+from .bitstream import unpack_codes
+from .cpu import KernelsUnavailableError
+
+__all__ = ["KernelsUnavailableError", "embedding", "kernel_path", "linear", "repack"]
+
+_DENSE = {"uniform": ("qweight", "scales", "qzeros"), "lut": ("qweight", "lookup_table")}
+_SPARSE = ("sparse_indptr", "sparse_indices", "sparse_values")
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    if kind not in _DENSE:
+        raise ValueError(f"unknown kind {kind!r}, the kernels know {', '.join(sorted(_DENSE))}")
+    return _DENSE[kind] + _SPARSE
+
+
+def repack(
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Turn the canonical tensors of a layer into run-time tensors for ``device``.
+
+    Args:
+        kind: ``"uniform"`` or ``"lut"``.
+        tensors: by suffix, types and shapes as in SPEC.md, section 4: ``qweight``, ``scales`` and ``qzeros``, or
+            ``qweight`` and ``lookup_table``; ``sparse_indptr``, ``sparse_indices`` and ``sparse_values`` or none
+            of the three.
+        bits: width of a code.
+        group_size: columns that share a scale; 0 for kinds without groups.
+        in_features: columns of the weight.
+        device: where :func:`linear` will run.
+
+    Returns:
+        Contiguous tensors that share no memory with the input, under the same names as the canonical ones.
+        The set of names depends on ``kind`` alone: without a sparse part the sparse tensors are empty.
+
+        On the CPU ``qweight`` is a flat uint8 tensor in the layout of cpu/kernels.h and ``qzeros`` holds a zero
+        point a byte, ``[out_features, groups]``. On other devices both are the canonical ones. On every device
+        uint16 ``sparse_indices`` become the int16 of the same bits, because torch computes little on uint16.
+
+    Raises:
+        ValueError: unknown kind, or a tensor is missing.
+        KernelsUnavailableError: the native kernels are not built (CPU only).
+    """
+    names = _names(kind)
+    missing = [name for name in _DENSE[kind] if name not in tensors]
+    if missing:
+        raise ValueError(f"a {kind} layer needs {', '.join(missing)}")
+    device = torch.device(device)
+    first = tensors["qweight"].device
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+    packed: dict[str, Tensor] = {}
+    for name in names:
+        if name not in tensors or tensors["sparse_values" if name in _SPARSE else name].numel() == 0:
+            dtype = {"sparse_indptr": torch.int32, "sparse_indices": torch.int16}.get(name, torch.float16)
+            packed[name] = torch.empty(0, dtype=dtype, device=device)
+        elif name == "sparse_indices" and tensors[name].dtype == torch.uint16:
+            packed[name] = copied(tensors[name].view(torch.int16))
+        elif device.type == "cpu" and name == "qweight":
+            source = tensors[name].cpu() if first.type != "cpu" else tensors[name]
+            packed[name] = cpu.repack_codes(source, bits=bits, in_features=in_features)
+        elif device.type == "cpu" and name == "qzeros":
+            packed[name] = copied(unpack_codes(tensors[name], bits, tensors["scales"].shape[1]))
+        else:
+            packed[name] = copied(tensors[name])
+    return packed
+
+
+def linear(kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, group_size: int) -> Tensor:
+    """``x · (dense + sparse)ᵀ``, accumulated in float32.
+
+    On the CPU batches of up to :data:`ops.FUSED_BATCH` rows are multiplied with exact float32 weights, each row
+    with the same result in every batch of that size. Larger batches go through torch's matrix product with
+    weights rounded to bfloat16 if ``x`` is bfloat16, else with float32 weights.
+
+    Args:
+        x: ``[..., in_features]``, float32, bfloat16 or float16, on the device of the weights.
+        weights: what :func:`repack` returned.
+        bits, group_size: as given to :func:`repack`.
+
+    Returns:
+        ``[..., out_features]`` of ``x.dtype``.
+
+    Raises:
+        ValueError: unknown kind, or the weight has other dimensions.
+        TypeError: ``x`` has another dtype.
+        KernelsUnavailableError: the native kernels are not built (CPU only).
+    """
+    tensors = [weights[name] for name in _names(kind)]
+    if kind == "uniform":
+        return torch.ops.requant.uniform_linear(x, *tensors, bits, group_size)  # type: ignore[no-any-return]
+    return torch.ops.requant.lut_linear(x, *tensors, bits)  # type: ignore[no-any-return]
+
+
+def embedding(
+    kind: str,
+    ids: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows ``ids`` of ``dense + sparse``.
+
+    Args:
+        ids: integers ``[...]`` in ``[0, out_features)``.
+        weights: what :func:`repack` returned.
+        bits, group_size, in_features: as given to :func:`repack`.
+        dtype: float32, bfloat16 or float16; the float32 weight is rounded once.
+
+    Returns:
+        ``[..., in_features]`` of type ``dtype``.
+
+    Raises:
+        IndexError: an id lies outside (on the CPU).
+        ValueError, TypeError, KernelsUnavailableError: as in :func:`linear`.
+    """
+    tensors = [weights[name] for name in _names(kind)]
+    if kind == "uniform":
+        return torch.ops.requant.uniform_embedding(  # type: ignore[no-any-return]
+            ids, *tensors, bits, group_size, in_features, dtype
+        )
+    return torch.ops.requant.lut_embedding(ids, *tensors, bits, in_features, dtype)  # type: ignore[no-any-return]
+
+
+def kernel_path(kind: str, device: torch.device | str) -> str:
+    """Which implementation serves ``kind`` on ``device``, for logs and metrics, e.g. ``"cpu-avx512"``.
+
+    Raises:
+        ValueError: unknown kind.
+        KernelsUnavailableError: the native kernels are not built (CPU only).
+    """
+    _names(kind)
+    return f"cpu-{cpu.isa()}" if torch.device(device).type == "cpu" else "torch-reference"

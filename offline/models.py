@@ -13,8 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CausalLM", "ModelError", "find_layers", "load_causal_lm", "load_tokenizer", "resolve_source"]
+__all__ = [
+    "DTYPES",
+    "CausalLM",
+    "ModelError",
+    "find_layers",
+    "head_module",
+    "load_causal_lm",
+    "load_tokenizer",
+    "model_config",
+    "other_tensors",
+    "resolve_source",
+    "skeleton",
+]
 
+DTYPES = ("auto", "bfloat16", "float16")
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +95,23 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     return _from_pretrained(AutoTokenizer, source, revision=revision)
 
 
+def skeleton(source: str, *, revision: str | None = None) -> nn.Module:
+    """The model on the "meta" device: all modules and shapes, no weights.
+
+    Raises:
+        ModelError: nothing there, or not a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _from_pretrained(AutoConfig, source, revision=revision)
+    with torch.device("meta"):
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{source}: not a causal language model: {str(error).splitlines()[0]}") from error
+    return model
+
+
 def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "auto") -> CausalLM:
     """Load a model for conversion.
 
@@ -105,11 +135,14 @@ def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "au
     model = _from_pretrained(AutoModelForCausalLM, source, revision=revision, **extra)
     stored = next(model.parameters()).dtype
     if dtype != "auto":
-        target = {"bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        target = getattr(torch, dtype)
     else:
         target = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
-    # the 16-bit model is the reference: round once here, compute in float32 from there on
-    model = model.to(target).float().eval()
+    # the 16-bit model is the reference: round once here, compute in float32 from there on. Buffers such as the
+    # rotary frequencies are computed, not stored, and must not be rounded.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(target).float()
+    model = model.float().eval()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.use_cache = False

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["TAUS", "adaptive_counts", "largest_magnitude", "random_positions", "squeezellm_positions"]
+__all__ = ["TAUS", "adaptive_counts", "largest_magnitude", "random_positions", "squeezellm_positions", "top_over_layers"]
 
 TAUS = (0.0, 0.5, 1.0)
 _MAX_FACTOR = 8.0  # a layer gets at most this many times the overall ratio
@@ -83,20 +83,20 @@ def squeezellm_positions(
 ) -> dict[str, Tensor]:
     """SqueezeLLM's own sparse part, for comparison at equal size (arXiv 2306.07629, section 4.2).
 
-    The ``sensitive`` share of each layer by Fisher information, and everything outside
-    ``[Q1 − k·IQR, Q3 + k·IQR]`` with one k for all layers, set so that ``outliers`` of all weights are found.
+    The ``sensitive`` share of each layer by Fisher information, and everything with
+    ``|w| ≥ max(|Q1 − k·IQR|, |Q3 + k·IQR|)``, with one k for all layers, set so that ``outliers`` of all weights
+    are found.
     """
     masks = {name: _top(fisher[name], round(sensitive * weight.numel())) for name, weight in weights.items()}
-    distance, ranges = {}, {}
+    score = {}
     for name, weight in weights.items():
         ordered = weight.flatten().sort().values
         q1, q3 = ordered[ordered.numel() // 4], ordered[ordered.numel() * 3 // 4]
-        distance[name] = torch.maximum(q1 - weight, weight - q3).masked_fill(masks[name], -torch.inf)
-        ranges[name] = (q3 - q1).clamp(min=1e-12)
-    # in units of its layer's interquartile range one threshold serves all layers
+        # the largest k for which the weight still counts as an outlier
+        reach = (weight.abs() - torch.maximum(q3, -q1)) / (q3 - q1).clamp(min=1e-12)
+        score[name] = reach.masked_fill(masks[name], -torch.inf)
     total = sum(weight.numel() for weight in weights.values())
-    wanted = round(outliers * total)
-    chosen = top_over_layers({name: distance[name] / ranges[name] for name in weights}, wanted)
+    chosen = top_over_layers(score, round(outliers * total))
     return {name: masks[name] | chosen[name] for name in weights}
 
 

@@ -37,6 +37,13 @@ class Base(ABC):
     needs_fisher: ClassVar[bool]
 
     @abstractmethod
+    def __init__(self, bits: int, group_size: int) -> None: ...
+
+    @abstractmethod
+    def spec(self, in_features: int, out_features: int) -> LayerSpec:
+        """The spec of a layer of that shape; sizes are known from it before any weight is."""
+
+    @abstractmethod
     def quantize(self, weight: Tensor, *, removed: Tensor | None = None, fisher: Tensor | None = None) -> DenseLayer:
         """Quantize one matrix.
 

@@ -31,14 +31,17 @@ class Rtn(Base):
     def __init__(self, bits: int, group_size: int) -> None:
         self.width, self.group_size = bits, group_size
 
-    def quantize(self, weight: Tensor, *, removed: Tensor | None = None, fisher: Tensor | None = None) -> DenseLayer:
-        rows, columns = weight.shape
-        spec = UniformSpec(
+    def spec(self, in_features: int, out_features: int) -> UniformSpec:
+        return UniformSpec(
             bits=self.width,  # type: ignore[arg-type]
             group_size=self.group_size,
-            in_features=columns,
-            out_features=rows,
+            in_features=in_features,
+            out_features=out_features,
         )
+
+    def quantize(self, weight: Tensor, *, removed: Tensor | None = None, fisher: Tensor | None = None) -> DenseLayer:
+        rows, columns = weight.shape
+        spec = self.spec(columns, rows)
         largest = (1 << self.width) - 1
         # zeros in the tail group's padding and at removed positions leave a range that contains zero unchanged
         counted = weight if removed is None else weight.masked_fill(removed, 0.0)

@@ -30,9 +30,12 @@ class SqueezeLLM(Base):
     def __init__(self, bits: int, group_size: int) -> None:
         self.width = bits
 
+    def spec(self, in_features: int, out_features: int) -> LutSpec:
+        return LutSpec(bits=self.width, in_features=in_features, out_features=out_features)  # type: ignore[arg-type]
+
     def quantize(self, weight: Tensor, *, removed: Tensor | None = None, fisher: Tensor | None = None) -> DenseLayer:
         rows, columns = weight.shape
-        spec = LutSpec(bits=self.width, in_features=columns, out_features=rows)  # type: ignore[arg-type]
+        spec = self.spec(columns, rows)
         if fisher is None:
             raise ValueError("squeezellm needs the Fisher information")
         counted = fisher if removed is None else fisher.masked_fill(removed, 0.0)

@@ -1,0 +1,110 @@
+"""How good a model is: perplexity, and against the original KL divergence and top-1 agreement."""
+
+import hashlib
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import SELF, CalibrationError, read_text
+from .progress import track
+
+__all__ = ["BUILTIN_DATASET", "EvaluationText", "compare", "evaluation_windows"]
+
+log = logging.getLogger(__name__)
+BUILTIN_DATASET = "python-docs"
+
+
+class EvaluationText:
+    """Text for an evaluation.
+
+    Attributes:
+        name: as the user named it.
+        text: the text.
+    """
+
+    def __init__(self, dataset: str) -> None:
+        self.name = dataset
+        if dataset == SELF:
+            raise CalibrationError("--dataset self: a model's own samples say nothing about other text; name a file")
+        self.text = _builtin_text() if dataset == BUILTIN_DATASET else read_text(dataset, split="test")
+        if not self.text.strip():
+            raise CalibrationError(f"{dataset}: holds no text")
+
+
+def _builtin_text() -> str:
+    """Python's language reference as the standard library carries it: real prose on every machine, no network."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def evaluation_windows(
+    text: EvaluationText, tokenizer: Any, *, seq_len: int, max_tokens: int | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Cut the tokenized text into windows side by side, as GPTQ's authors do.
+
+    Returns:
+        int64 ``[windows, seq_len]`` and what a reader must know to compare the figures. The remainder shorter than
+        a window is dropped. No beginning-of-text token is inserted unless the tokenizer does so by itself.
+
+    Raises:
+        CalibrationError: the text is shorter than one window.
+    """
+    ids = torch.tensor(tokenizer(text.text).input_ids)
+    if max_tokens is not None:
+        ids = ids[: max(max_tokens, seq_len)]
+    windows = ids.numel() // seq_len
+    if windows == 0:
+        raise CalibrationError(f"{text.name}: {ids.numel()} tokens are fewer than --seq-len {seq_len}")
+    used = ids[: windows * seq_len].view(windows, seq_len)
+    bos = tokenizer.bos_token_id
+    conditions = {
+        "dataset": text.name,
+        "text_sha256": hashlib.sha256(text.text.encode()).hexdigest(),
+        "seq_len": seq_len,
+        "windows": windows,
+        "tokens": used.numel(),
+        "scored_tokens": windows * (seq_len - 1),
+        "bos": "first window only, by the tokenizer" if bos is not None and int(ids[0]) == bos else "none",
+    }
+    return used, conditions
+
+
+@torch.no_grad()
+def compare(model: Any, windows: Tensor, reference: Any | None = None) -> dict[str, float]:
+    """Score a model on windows, and hold it against a reference model where one is given.
+
+    Args:
+        model: a causal language model of transformers.
+        windows: int64 ``[windows, seq_len]``.
+        reference: the original.
+
+    Returns:
+        ``perplexity``; with a reference also ``reference_perplexity``, ``kl_divergence`` (mean over tokens of
+        KL(reference ‖ model), nats) and ``top1_agreement`` (share of positions with the same most likely token).
+    """
+    totals = {"nll": 0.0, "reference_nll": 0.0, "kl": 0.0, "agree": 0.0}
+    device = next(model.parameters()).device
+    for row in track(windows, "evaluating", total=len(windows)):
+        tokens = row[None].to(device)
+        target = tokens[0, 1:, None]
+        logp = torch.log_softmax(model(tokens).logits[0, :-1].float(), dim=-1)
+        totals["nll"] -= float(logp.gather(1, target).double().sum())
+        if reference is None:
+            continue
+        ref = torch.log_softmax(reference(tokens).logits[0, :-1].float(), dim=-1)
+        totals["reference_nll"] -= float(ref.gather(1, target).double().sum())
+        totals["kl"] += float((ref.exp() * (ref - logp)).sum(-1).double().sum())
+        totals["agree"] += float((ref.argmax(-1) == logp.argmax(-1)).sum())
+    scored = windows.shape[0] * (windows.shape[1] - 1)
+    result = {"perplexity": math.exp(totals["nll"] / scored)}
+    if reference is not None:
+        result |= {
+            "reference_perplexity": math.exp(totals["reference_nll"] / scored),
+            "kl_divergence": totals["kl"] / scored,
+            "top1_agreement": totals["agree"] / scored,
+        }
+    return result

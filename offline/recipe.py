@@ -1,0 +1,91 @@
+"""What to do to a model: every choice of a conversion, checked before anything is loaded."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .bases import BASES, Base
+from .pqi import QUADRATURES, quadrature
+
+__all__ = ["DEFAULT_OUTLIERS", "DEFAULT_SIGNIFICANT", "SELECTIONS", "Recipe", "RecipeError"]
+
+SELECTIONS = ("requant", "base", "random")
+DEFAULT_OUTLIERS, DEFAULT_SIGNIFICANT = 0.0045, 0.0005  # the paper's SqueezeLLM setting
+_MAX_SHARE = 0.1
+
+
+class RecipeError(ValueError):
+    """A choice is out of range or contradicts another; the message names the flag."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A conversion.
+
+    Attributes:
+        base: dense quantizer, a key of ``BASES``.
+        bits: width of a code.
+        group_size: input features that share a scale, for bases with groups.
+        outliers: r_o, share of all quantized weights removed before the dense part is fitted.
+        significant: r_s, share detached after it.
+        rounds: steps in which r_s is spent (r_s / β).
+        selection: who chooses the sparse positions: "requant" (PQI), "base" (the base's own rule), "random".
+        quadrature, nodes: how the path is integrated.
+        lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
+        num_samples, seq_len: size of the calibration set.
+        seed: of calibration and of the random control.
+    """
+
+    base: str = "squeezellm"
+    bits: int = 4
+    group_size: int = 64
+    outliers: float = DEFAULT_OUTLIERS
+    significant: float = DEFAULT_SIGNIFICANT
+    rounds: int = 2
+    selection: str = "requant"
+    quadrature: str = "gauss"
+    nodes: int = 4
+    lm_head_bits: int = 16
+    num_samples: int = 32
+    seq_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.base not in BASES:
+            raise RecipeError(f"--base {self.base}: unknown; choose one of {', '.join(BASES)}")
+        base = BASES[self.base]
+        if self.bits not in base.bits:
+            raise RecipeError(f"--bits {self.bits}: {self.base} has {', '.join(map(str, base.bits))}")
+        if self.group_size < 32 or self.group_size % 32 or self.group_size > 65536:
+            raise RecipeError(f"--group-size {self.group_size}: must be a multiple of 32, at most 65536")
+        for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
+            if not 0 <= share <= _MAX_SHARE:
+                raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")
+        if self.selection not in SELECTIONS:
+            raise RecipeError(f"--selection {self.selection}: choose one of {', '.join(SELECTIONS)}")
+        if self.selection == "base" and self.base != "squeezellm":
+            raise RecipeError(f"--selection base: {self.base} has no rule of its own for sparse weights")
+        if self.quadrature not in QUADRATURES:
+            raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
+        for flag, value in (("--nodes", self.nodes), ("--num-samples", self.num_samples), ("--rounds", self.rounds)):
+            if value < 1:
+                raise RecipeError(f"{flag} {value}: must be at least 1")
+        if self.seq_len < 2:
+            raise RecipeError(f"--seq-len {self.seq_len}: must be at least 2")
+        if self.lm_head_bits not in (4, 8, 16):
+            raise RecipeError(f"--lm-head-bits {self.lm_head_bits}: choose 4, 8 or 16")
+        try:
+            quadrature(self.quadrature, self.nodes)
+        except ValueError as error:
+            raise RecipeError(f"--nodes {self.nodes}: {error}") from None
+
+    def make_base(self) -> Base:
+        return BASES[self.base](self.bits, self.group_size)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any step looks at text."""
+        uses_path = self.selection == "requant" and (self.outliers > 0 or self.significant > 0)
+        return BASES[self.base].needs_fisher or uses_path
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self)

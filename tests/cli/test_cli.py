@@ -1,0 +1,169 @@
+"""The command line: one clear line for a mistake, the right exit status, JSON alone on stdout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from vllm_requant.cli.serve import server_arguments
+
+FAST = ["--num-samples", "2", "--seq-len", "24", "--nodes", "2"]
+
+
+def requant(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vllm_requant.cli", *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "checkpoint"
+    done = requant("convert", source, "-o", out, "--bits", "3", *FAST, "--json")
+    result = json.loads(done.stdout)
+    assert result["layers"] == 14
+    assert len(result["integrals"]) == 3
+    assert done.stderr.count("bits/weight") == 14, "a line a layer"
+    return out
+
+
+def test_inspect(checkpoint: Path) -> None:
+    result = json.loads(requant("inspect", checkpoint, "--layers", "--json").stdout)
+    assert result["kinds"] == {"lut 3 bit": 14}
+    assert result["bytes"]["total"] == result["bytes"]["dense"] + result["bytes"]["sparse"] + result["bytes"]["unquantized"]
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    # headers apart, every byte of the file is accounted for
+    assert 0 < size - result["bytes"]["total"] < 20_000
+    assert result["provenance"]["recipe"]["bits"] == 3
+    assert len(result["per_layer"]) == 14
+    text = requant("inspect", checkpoint, "--layers").stdout
+    assert "bits per weight" in text
+    assert text.count("lut 3 bit ") == 14
+
+
+def test_eval_against_the_original(checkpoint: Path, source: Path) -> None:
+    done = requant("eval", checkpoint, "--against", source, "--seq-len", "64", "--max-tokens", "640", "--json")
+    result = json.loads(done.stdout)
+    assert result["conditions"]["windows"] == 10
+    assert result["conditions"]["scored_tokens"] == 630
+    assert result["kl_divergence"] > 0
+    assert 0 < result["top1_agreement"] < 1
+    assert result["perplexity"] != result["reference_perplexity"]
+
+
+def test_eval_of_a_text_file_prints_its_conditions(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "held-out.txt"
+    text.write_text("some words " * 100)
+    out = requant("eval", checkpoint, "--dataset", text, "--seq-len", "100").stdout
+    assert "11 windows of 100 tokens, 1089 scored, BOS none" in out
+    assert "perplexity" in out
+
+
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    done = requant("convert", source, "-o", tmp_path / "out", "--dry-run", "--json")
+    result = json.loads(done.stdout)
+    assert result["dry_run"] is True
+    assert 4 < result["bits_per_weight"] < 9
+    assert list(tmp_path.iterdir()) == []
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("requant: error:")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--base", "gptq9"], "--base gptq9"),
+        (["--bits", "7"], "--bits 7"),
+        (["--base", "rtn", "--group-size", "40"], "--group-size 40"),
+        (["--outliers", "60%"], "--outliers 60"),
+        (["--quadrature", "simpson"], "--quadrature simpson"),
+        (["--dtype", "float8"], "--dtype float8"),
+    ],
+)
+def test_wrong_values_are_usage_errors(source: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+    done = requant("convert", source, "-o", tmp_path / "out", *arguments, status=2)
+    assert says in one_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unparsable_share_is_a_usage_error(source: Path, tmp_path: Path) -> None:
+    done = requant("convert", source, "-o", tmp_path / "out", "--outliers", "few", status=2)
+    assert "0.45%" in done.stderr
+
+
+def test_unknown_flag_is_a_usage_error(source: Path, tmp_path: Path) -> None:
+    requant("convert", source, "-o", tmp_path / "out", "--bit", "3", status=2)
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    assert "no such folder" in one_line(requant("convert", tmp_path / "no", "-o", tmp_path / "out", status=1))
+    assert "cannot be loaded" in one_line(requant("convert", "no-such/model", "-o", tmp_path / "out", status=1))
+
+
+def test_existing_output_is_kept(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    assert "--overwrite" in one_line(requant("convert", source, "-o", tmp_path / "out", status=1))
+    assert (tmp_path / "out" / "precious").read_text() == "data"
+
+
+def test_missing_calibration_file(source: Path, tmp_path: Path) -> None:
+    done = requant("convert", source, "-o", tmp_path / "out", "--calibration-dataset", "gone.txt", status=1)
+    assert "gone.txt: no such file" in one_line(done)
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval", "serve"])
+def test_broken_checkpoints_are_refused_at_once(checkpoint: Path, tmp_path: Path, command: str) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in checkpoint.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "truncated" in one_line(requant(command, broken, status=1))
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "format version 99" in one_line(requant(command, broken, status=1))
+    (broken / "config.json").unlink()
+    assert "no config.json" in one_line(requant(command, broken, status=1))
+
+
+def test_unquantized_model_is_no_checkpoint(source: Path) -> None:
+    assert "requant convert" in one_line(requant("inspect", source, status=1))
+
+
+def test_serve_hands_everything_to_vllm(checkpoint: Path) -> None:
+    command = server_arguments(str(checkpoint), ["--port", "9", "--enforce-eager"])
+    assert command[0] == sys.executable
+    assert command[-3:] == ["--port", "9", "--enforce-eager"]
+    assert command[command.index("--model") + 1] == str(checkpoint)
+
+
+def test_help_names_every_command() -> None:
+    out = requant("--help").stdout
+    for name in ("convert", "inspect", "eval", "serve"):
+        assert name in out
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, vllm_requant; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, vllm_requant.offline.pipeline, vllm_requant.hf; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,193 @@
+"""Products and look-ups equal reference.py on every instruction set, within derived bounds.
+
+A float32 sum of K products errs by at most about K · 2⁻²⁴ · Σ|x||w| in any order; the result is rounded once more
+to the type of x. The bound is taken against the product in float64. Above the batch that is multiplied from
+codes, weights are rounded to bfloat16 where x is bfloat16, which adds 2⁻⁸ · Σ|x||w|. Dequantized weights must be
+equal bit by bit.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_requant import kernels
+from vllm_requant.kernels import ops
+
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+DTYPES = tuple(ROUNDOFF)
+FORMATS = [("uniform", bits, group) for bits in (2, 3, 4, 8) for group in (32, 64, 96, 128)]
+FORMATS += [("lut", bits, 0) for bits in (2, 3, 4)]
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor, *, rounded_weights: bool = False) -> None:
+    assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], weight.shape[0])
+    x, w = x.double(), weight.double()
+    exact, magnitude = x @ w.T, x.abs() @ w.abs().T
+    relative = (2 * w.shape[1] + 16) * 2.0**-24 + (2.0**-8 if rounded_weights else 0.0)
+    u = ROUNDOFF[y.dtype]
+    # 2⁻²⁴ is the spacing of the smallest float16 values
+    bound = relative * magnitude + u * (exact.abs() + relative * magnitude) + 2.0**-24
+    excess = (y.double() - exact).abs() - bound
+    assert bool((excess <= 0).all()), f"off by {float(excess.max()):.3g} more than the bound"
+
+
+def activations(batch: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize(("kind", "bits", "group_size"), FORMATS)
+@pytest.mark.parametrize("density", [0.0, 0.03])
+def test_weights_and_products_equal_the_reference(
+    make_layer: Callable, isa: str, kind: str, bits: int, group_size: int, density: float
+) -> None:
+    # 576: SmolLM2's width, a tail of 64; 100 and 33: odd tails; 1000: tails of 64, 32 and 8; 5: less than a byte
+    for rows, columns in ((9, 576), (7, 100), (4, 33), (6, 1000), (3, 5), (8, 256), (1, 7 * 32)):
+        layer = make_layer(kind, bits, group_size, rows, columns, density=density)
+        weight, packed = layer.weight(), layer.repack()
+        for dtype in DTYPES:
+            everything = layer.embedding(torch.arange(rows), dtype, packed)
+            assert torch.equal(everything, weight.to(dtype)), (columns, dtype)
+            for batch in (1, 2, 7):
+                x = activations(batch, columns, dtype)
+                assert_product(layer.linear(x, packed), x, weight)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_shapes(make_layer: Callable, isa: str, data: st.DataObject) -> None:
+    kind, bits, group_size = data.draw(
+        st.sampled_from([*FORMATS, ("uniform", 4, 160), ("uniform", 3, 65536)])
+    )
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 700))
+    density = data.draw(st.sampled_from([0.0, 0.002, 0.3, 1.0]))
+    layer = make_layer(
+        kind, bits, group_size, rows, columns, density=density, seed=data.draw(st.integers(0, 9))
+    )
+    x = activations(data.draw(st.integers(1, ops.FUSED_BATCH)), columns, data.draw(st.sampled_from(DTYPES)))
+    assert_product(layer.linear(x), x, layer.weight())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [17, 64])
+@pytest.mark.parametrize(
+    ("kind", "bits", "group_size"), [("uniform", 4, 64), ("uniform", 3, 96), ("lut", 3, 0)]
+)
+def test_large_batch(
+    make_layer: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    bits: int,
+    group_size: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(ops, "PANEL_BYTES", 1)  # panels of 64 rows: two full ones and a rest
+    layer = make_layer(kind, bits, group_size, 150, 576, density=0.01)
+    x = activations(batch, 576, dtype)
+    assert_product(layer.linear(x), x, layer.weight(), rounded_weights=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(("kind", "bits", "group_size"), [("uniform", 4, 32), ("lut", 4, 0)])
+def test_a_row_has_one_result_in_every_small_batch(
+    make_layer: Callable, isa: str, kind: str, bits: int, group_size: int
+) -> None:
+    layer = make_layer(kind, bits, group_size, 10, 608, density=0.02)
+    packed, x = layer.repack(), activations(ops.FUSED_BATCH, 608, torch.float32)
+    together = layer.linear(x, packed)
+    for batch in (1, 3, 6):
+        assert torch.equal(layer.linear(x[:batch], packed), together[:batch])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["uniform", "lut"])
+def test_result_does_not_depend_on_the_thread_count(
+    make_layer: Callable, isa: str, kind: str, dtype: torch.dtype
+) -> None:
+    # large enough for cpu/dispatch.cpp to share it; rows are no multiple of any tile
+    layer = make_layer(kind, 4, 64 if kind == "uniform" else 0, 1031, 576, density=0.01)
+    packed, x = layer.repack(), activations(5, 576, dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((layer.linear(x[:1], packed), layer.linear(x, packed)))
+    finally:
+        torch.set_num_threads(before)
+    for single, several in results[1:]:
+        assert torch.equal(single, results[0][0]) and torch.equal(several, results[0][1])
+
+
+@pytest.mark.parametrize(("columns", "where"), [(40_000, 39_999), (65_536, 65_535), (70_001, 70_000)])
+def test_sparse_columns_beyond_the_sign_bit_and_beyond_uint16(
+    make_layer: Callable, isa: str, columns: int, where: int
+) -> None:
+    layer = make_layer("lut", 2, 0, 3, columns)
+    layer.tensors["sparse_indptr"] = torch.tensor([0, 0, 2, 2], dtype=torch.int32)
+    dtype = torch.uint16 if columns <= 65_536 else torch.int32
+    layer.tensors["sparse_indices"] = torch.tensor([32_768, where], dtype=torch.int32).to(dtype)
+    layer.tensors["sparse_values"] = torch.tensor([512.0, -1024.0], dtype=torch.float16)
+    packed, weight = layer.repack(), layer.weight()
+    assert torch.equal(layer.embedding(torch.arange(3), torch.float32, packed), weight)
+    x = torch.zeros(1, columns)
+    x[0, 32_768], x[0, where] = 1.0, 2.0
+    assert_product(layer.linear(x, packed), x, weight)
+
+
+def test_shapes_of_x(make_layer: Callable) -> None:
+    layer = make_layer("uniform", 3, 32, 11, 100, density=0.05)
+    packed, weight = layer.repack(), layer.weight()
+    for x in (
+        activations(6, 100, torch.bfloat16).view(2, 3, 100),
+        activations(100, 5, torch.float32).t(),
+        activations(8, 100, torch.float32)[::2],
+        activations(40, 100, torch.float16).view(2, 20, 100)[:, 1:],
+    ):
+        assert_product(layer.linear(x, packed), x, weight)
+    assert layer.linear(torch.randn(100), packed).shape == (11,)
+    assert layer.linear(torch.empty(0, 100), packed).shape == (0, 11)
+    assert layer.linear(torch.empty(2, 0, 100), packed).shape == (2, 0, 11)
+
+
+def test_non_finite_activations_stay_in_their_row(make_layer: Callable, isa: str) -> None:
+    layer = make_layer("uniform", 4, 32, 6, 100)
+    x = activations(4, 100, torch.float32)
+    x[1, 99], x[2, 0] = float("nan"), float("inf")
+    y = layer.linear(x)
+    assert y[1].isnan().all() and not y[2].isfinite().any()
+    assert torch.equal(y[[0, 3]], layer.linear(x[[0, 3]]))
+
+
+@pytest.mark.parametrize(("kind", "bits", "group_size"), FORMATS)
+def test_embedding(make_layer: Callable, isa: str, kind: str, bits: int, group_size: int) -> None:
+    layer = make_layer(kind, bits, group_size, 50, 576, density=0.01)
+    packed, weight = layer.repack(), layer.weight()
+    ids = torch.tensor([[49, 0, 7], [7, 7, 1]])
+    for dtype in DTYPES:
+        assert torch.equal(layer.embedding(ids, dtype, packed), weight[ids].to(dtype))
+    assert torch.equal(layer.embedding(ids.int(), torch.float32, packed), weight[ids])
+    assert layer.embedding(ids[:0], torch.float32, packed).shape == (0, 3, 576)
+    for bad in (-1, 50):
+        with pytest.raises(IndexError):
+            layer.embedding(torch.tensor([3, bad]), torch.float32, packed)
+
+
+def test_float16_conversions_of_every_tier(isa: str) -> None:
+    """Every finite float16 goes through float32 and back; sums between two float16 round as torch rounds them."""
+    halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    halves = halves[halves.isfinite()]
+    # W = [[1, 2⁻¹⁴]]: the first column copies x, the second moves the sum off the float16 grid
+    table = torch.tensor([[1.0, 2.0**-14, 0.0, 0.0]]).half()
+    tensors = {"qweight": torch.tensor([[0b0100]], dtype=torch.uint8), "lookup_table": table}
+    packed = kernels.repack("lut", tensors, bits=2, group_size=0, in_features=2, device="cpu")
+    step = torch.randn(halves.numel(), generator=torch.Generator().manual_seed(0)).half()
+    for second in (torch.zeros_like(step), step):
+        x = torch.stack([halves, second], dim=1)
+        got = torch.cat(
+            [kernels.linear("lut", part, packed, bits=2, group_size=0) for part in x.split(ops.FUSED_BATCH)]
+        )
+        assert torch.equal(got[:, 0], (halves.float() + second.float() * 2.0**-14).half())

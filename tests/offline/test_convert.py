@@ -1,0 +1,221 @@
+"""From a folder to a checkpoint and back, on tiny random models of every architecture."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from vllm_requant import hf
+from vllm_requant.format.reader import Checkpoint
+from vllm_requant.offline.calibration import CalibrationError, load_calibration
+from vllm_requant.offline.models import ModelError, find_layers, load_causal_lm, skeleton
+from vllm_requant.offline.pipeline import convert, plan
+from vllm_requant.offline.recipe import Recipe, RecipeError
+from vllm_requant.offline.save import save
+
+SMALL = {"num_samples": 3, "seq_len": 24, "nodes": 2, "outliers": 0.01, "significant": 0.004}
+
+
+def _convert(source: Path, out: Path, **choices):  # type: ignore[no-untyped-def]
+    recipe = Recipe(**SMALL | choices)
+    lm = load_causal_lm(str(source))
+    calibration = None
+    if recipe.needs_calibration:
+        calibration = load_calibration(
+            "self",
+            lm.model,
+            lm.tokenizer,
+            num_samples=recipe.num_samples,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+        )
+    conversion = convert(lm, recipe, calibration.tokens if calibration else None)
+    save(out, lm, recipe, calibration, conversion, overwrite=False)
+    return lm, conversion
+
+
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+@pytest.mark.parametrize(("base", "bits"), [("squeezellm", 3), ("rtn", 4)])
+def test_checkpoint_reproduces_the_quantized_model(
+    tmp_path: Path, architecture: str, base: str, bits: int
+) -> None:
+    source = tiny.save(tmp_path / "in", architecture)
+    lm, conversion = _convert(source, tmp_path / "out", base=base, bits=bits)
+    tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+    original = lm.model(tokens).logits
+    # the same weights put into the original model by hand
+    for name, layer in find_layers(lm.model).items():
+        layer.weight.data = conversion.layers[name].weight()
+    expected = lm.model(tokens).logits
+    restored = hf.load_dequantized(tmp_path / "out")
+    torch.testing.assert_close(restored(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, original, atol=1e-3), "quantization must have changed something"
+    checkpoint = Checkpoint(tmp_path / "out")
+    share = checkpoint.config.nnz / checkpoint.config.numel
+    assert share == pytest.approx(SMALL["outliers"] + SMALL["significant"], rel=0.02)
+
+
+def test_sparse_positions_hold_the_original_weight(tmp_path: Path) -> None:
+    lm, conversion = _convert(tiny.save(tmp_path / "in"), tmp_path / "out", bits=2)
+    exact = 0
+    for name, layer in conversion.layers.items():
+        weight = lm.model.get_submodule(name).weight.data
+        residual = layer.weight() - layer.dense_weight()
+        exact += int((residual != 0).sum())
+        # one rounding of the stored float16 residual
+        bound = 2.0**-11 * (weight - layer.dense_weight()).abs() + 1e-7
+        assert ((layer.weight() - weight).abs() <= bound)[residual != 0].all()
+    assert exact > 0.9 * sum(layer.spec.nnz for layer in conversion.layers.values())
+
+
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "in")
+    for run in ("first", "second"):
+        _convert(source, tmp_path / run, seed=5)
+    _convert(source, tmp_path / "other", seed=6)
+
+    def digest(run: str) -> str:
+        return hashlib.sha256((tmp_path / run / "model.safetensors").read_bytes()).hexdigest()
+
+    assert digest("first") == digest("second")
+    assert digest("first") != digest("other")
+
+
+def test_report_holds_prediction_and_truth(tmp_path: Path) -> None:
+    _convert(tiny.save(tmp_path / "in"), tmp_path / "out", nodes=8, bits=4, base="rtn")
+    report = json.loads((tmp_path / "out" / "requant_report.json").read_text())
+    assert [integral["stage"] for integral in report["integrals"]] == [
+        "pre-quantized",
+        "detach, round 1",
+        "detach, round 2",
+    ]
+    for integral in report["integrals"]:
+        assert sum(integral["predicted_by_layer"].values()) == pytest.approx(integral["predicted"])
+        assert integral["relative_error"] < 0.05
+    assert {candidate["tau"] for candidate in report["outlier_ratio_candidates"]} == {0.0, 0.5, 1.0}
+    assert report["provenance"]["calibration"]["dataset"] == "self"
+
+
+def test_detaching_lowers_the_calibration_loss(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "in")
+    loss = {}
+    for selection in ("requant", "base", "random"):
+        _, conversion = _convert(source, tmp_path / selection, bits=2, selection=selection, outliers=0.0, significant=0.02)
+        loss[selection] = conversion.report["calibration_loss"]
+    assert loss["requant"] < loss["random"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_head(tmp_path: Path, tied: bool, bits: int) -> None:
+    source = tiny.save(tmp_path / "in", tie_word_embeddings=tied)
+    _convert(source, tmp_path / "out", base="rtn", outliers=0, significant=0, lm_head_bits=bits)
+    checkpoint = Checkpoint(tmp_path / "out")
+    name = "model.embed_tokens" if tied else "lm_head"
+    assert checkpoint.config.layers[name].bits == bits
+    assert checkpoint.model_config["tie_word_embeddings"] is tied
+    model = hf.load_dequantized(tmp_path / "out")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    assert torch.equal(model.lm_head.weight, checkpoint.layer(name).weight())
+
+
+def test_plan_predicts_the_size(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "in")
+    recipe = Recipe(**SMALL | {"selection": "random"})
+    planned = plan(skeleton(str(source)), recipe)
+    _, conversion = _convert(source, tmp_path / "out", selection="random")
+    assert planned.keys() == conversion.layers.keys()
+    assert sum(s.nbytes for s in planned.values()) == sum(la.spec.nbytes for la in conversion.layers.values())
+
+
+def test_mixture_of_experts_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "in", "mixtral")
+    with pytest.raises(ModelError, match="not an nn.Linear"):
+        plan(skeleton(str(tmp_path / "in")), Recipe())
+
+
+def test_sources_that_are_no_model(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_causal_lm(str(empty))
+    with pytest.raises(ModelError, match="no such GGUF"):
+        load_causal_lm(str(tmp_path / "x.gguf"))
+    with pytest.raises(ModelError, match="no such folder"):
+        load_causal_lm("./nowhere")
+    _convert(tiny.save(tmp_path / "in"), tmp_path / "out", base="rtn", outliers=0, significant=0)
+    with pytest.raises(ModelError, match=r"quantized already \(requant\)"):
+        load_causal_lm(str(tmp_path / "out"))
+    (tmp_path / "in" / "model.safetensors").rename(tmp_path / "in" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no \.safetensors file"):
+        load_causal_lm(str(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "flag"),
+    [
+        ({"base": "gptq9"}, "--base"),
+        ({"bits": 5}, "--bits"),
+        ({"bits": 8}, "--bits"),
+        ({"group_size": 50}, "--group-size"),
+        ({"outliers": -0.1}, "--outliers"),
+        ({"significant": 0.5}, "--significant"),
+        ({"selection": "best"}, "--selection"),
+        ({"selection": "base", "base": "rtn"}, "--selection"),
+        ({"quadrature": "simpson"}, "--quadrature"),
+        ({"nodes": 0}, "--nodes"),
+        ({"nodes": 1, "quadrature": "uniform"}, "--nodes"),
+        ({"lm_head_bits": 3}, "--lm-head-bits"),
+        ({"num_samples": 0}, "--num-samples"),
+        ({"seq_len": 1}, "--seq-len"),
+    ],
+)
+def test_impossible_recipes_name_the_flag(choice: dict[str, object], flag: str) -> None:
+    with pytest.raises(RecipeError, match=flag):
+        Recipe(**choice)
+
+
+def _file_calibration(path: Path, **size: int) -> torch.Tensor:
+    return load_calibration(
+        str(path), None, tiny.tokenizer(), num_samples=size["n"], seq_len=size["len"], seed=size.get("seed", 0)
+    ).tokens
+
+
+def test_calibration_from_files(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i % 26) for i in range(1000)))
+    tokens = _file_calibration(text, n=10, len=50)
+    assert tokens.shape == (10, 50)
+    assert torch.equal(tokens, _file_calibration(text, n=10, len=50))
+    assert not torch.equal(tokens, _file_calibration(text, n=10, len=50, seed=1))
+    lines = tmp_path / "text.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": "abc " * 50}) for _ in range(5)))
+    assert _file_calibration(lines, n=4, len=100).shape == (4, 100)
+    with pytest.raises(CalibrationError, match="lower --num-samples or --seq-len"):
+        _file_calibration(text, n=100, len=50)
+    lines.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(CalibrationError, match="line 2"):
+        _file_calibration(lines, n=1, len=2)
+    with pytest.raises(CalibrationError, match="no such file"):
+        _file_calibration(tmp_path / "gone.txt", n=1, len=2)
+
+
+def test_calibration_windows_do_not_overlap(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + i // 10 % 90) for i in range(900)))
+    tokens = _file_calibration(text, n=9, len=100)
+    assert len(set(map(tuple, tokens.tolist()))) == 9
+    assert torch.equal(tokens.flatten().sort().values, torch.tensor(tiny.tokenizer()(text.read_text()).input_ids).sort().values)
+
+
+def test_self_calibration_is_reproducible_and_seeded() -> None:
+    model = tiny.model()
+    arguments = {"num_samples": 3, "seq_len": 20}
+    first = load_calibration("self", model, tiny.tokenizer(), seed=0, **arguments).tokens
+    assert first.shape == (3, 20)
+    assert (first[:, 0] == 256).all()
+    assert torch.equal(first, load_calibration("self", model, tiny.tokenizer(), seed=0, **arguments).tokens)
+    assert not torch.equal(first, load_calibration("self", model, tiny.tokenizer(), seed=1, **arguments).tokens)

@@ -1,0 +1,129 @@
+"""A ReQuant checkpoint in vLLM's engine gives the tokens of transformers on the dequantized weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm_layers import FORMATS, random_layer
+
+from vllm_requant.format import CheckpointConfig, QuantizedLayer
+from vllm_requant.format.writer import write_tensors
+
+VOCABULARY = 500  # no multiple of 64: vLLM pads it
+PROMPTS = [[1, 17, 250, 499, 3], [42], [7, 7, 7, 120, 9, 300, 11]]
+
+
+def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+        )
+    ).float()
+
+
+def quantize(model: LlamaForCausalLM, modules: dict[str, str]) -> dict[str, QuantizedLayer]:
+    """Replace the named modules' weights by those of random layers in the given formats."""
+    layers = {}
+    for seed, (name, fmt) in enumerate(modules.items()):
+        weight = model.get_submodule(name).weight
+        layers[name] = random_layer(*weight.shape, seed=seed, **FORMATS[fmt])
+        weight.data = layers[name].weight()
+    return layers
+
+
+def write_checkpoint(folder: Path, model: LlamaForCausalLM, layers: dict[str, QuantizedLayer]) -> None:
+    named = {f"{name}.weight" for name in layers}
+    if model.config.tie_word_embeddings:
+        named.add("lm_head.weight")
+    others = {name: tensor for name, tensor in model.state_dict().items() if name not in named}
+    config = CheckpointConfig(layers={name: layer.spec for name, layer in layers.items()})
+    folder.mkdir()
+    write_tensors(
+        folder, model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, config, layers, others
+    )
+
+
+def expected_tokens(model: LlamaForCausalLM) -> list[list[int]]:
+    result = []
+    for prompt in PROMPTS:
+        generated = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
+        )
+        result.append(generated[0, len(prompt) :].tolist())
+    return result
+
+
+def vllm_tokens(*jobs: tuple[Path, dict[str, object]]) -> list[list[list[int]]]:
+    """The tokens of each ``(folder, options of vllm.LLM)``."""
+    # float32: in 16 bits a rounding can decide between two tokens
+    settings = {"dtype": "float32", "enforce_eager": True}
+    arguments = [
+        {"folder": str(folder), "prompts": PROMPTS, "options": settings | options} for folder, options in jobs
+    ]
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("offline_generate.py")), json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path),
+            # two ranks must start on a machine of two cores
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            # vLLM compiles the masking of token ids even with enforce_eager
+            "TORCHDYNAMO_DISABLE": "1",
+        },
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def all_linears(model: LlamaForCausalLM) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def mixed_checkpoint(folder: Path, *, tied: bool) -> list[list[int]]:
+    """A checkpoint with every linear layer and the embedding quantized, kinds mixed within and across fused
+    layers; returns the tokens that it must give."""
+    model = tiny_llama(tied=tied)
+    names = [name for name in all_linears(model) if not (tied and name == "lm_head")]
+    formats = list(FORMATS)
+    modules = {name: formats[index % len(formats)] for index, name in enumerate(names)}
+    layers = quantize(model, modules | {"model.embed_tokens": "lut4-sparse"})
+    if tied:
+        model.tie_weights()
+    write_checkpoint(folder, model, layers)
+    return expected_tokens(model)
+
+
+def test_greedy_tokens_are_those_of_the_dequantized_model(tmp_path):
+    own_head = mixed_checkpoint(tmp_path / "own", tied=False)
+    tied = mixed_checkpoint(tmp_path / "tied", tied=True)
+    assert own_head != tied
+    # for dummy weights the configuration must be enough
+    shutil.copytree(tmp_path / "own", tmp_path / "dummy", ignore=shutil.ignore_patterns("*.safetensors"))
+    results = vllm_tokens(
+        (tmp_path / "own", {}), (tmp_path / "tied", {}), (tmp_path / "dummy", {"load_format": "dummy"})
+    )
+    assert results[:2] == [own_head, tied]
+    assert [len(sequence) for sequence in results[2]] == [12] * len(PROMPTS)
+
+
+def test_two_tensor_parallel_processes_give_the_same_tokens(tmp_path):
+    expected = mixed_checkpoint(tmp_path / "model", tied=True)
+    assert vllm_tokens((tmp_path / "model", {"tensor_parallel_size": 2})) == [expected]

@@ -1,0 +1,95 @@
+"""Registration, the config object, and what vLLM does with it before it builds a model."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from vllm_layers import FORMATS, quant_config, random_layer
+
+from vllm_requant.format import ReQuantFormatError
+from vllm_requant.serving import register
+from vllm_requant.serving.rows import concat_rows, synthetic_layer, zero_layer
+
+LAYER = random_layer(64, 128, **FORMATS["uniform3-sparse"])
+
+
+def test_registration_is_idempotent():
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    from vllm_requant.serving.config import RequantConfig
+
+    for _ in range(3):
+        register()
+    assert get_quantization_config("requant") is RequantConfig
+    assert QUANTIZATION_METHODS.count("requant") == 1
+
+
+def test_importing_the_plugin_does_not_import_vllm():
+    code = "import sys, vllm_requant.serving; sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_config_survives_pickling():
+    config = quant_config({"c": LAYER}, {"qkv_proj": ["q_proj"]})
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy.layers == config.layers and copy.packed_modules_mapping == config.packed_modules_mapping
+    assert copy.get_name() == "requant" and torch.bfloat16 in copy.get_supported_act_dtypes()
+
+
+def test_malformed_config_is_refused():
+    from vllm_requant.serving.config import RequantConfig
+
+    with pytest.raises(ReQuantFormatError, match="format version 99"):
+        RequantConfig.from_config({"quant_method": "requant", "format_version": 99, "layers": {}})
+
+
+def test_layers_are_renamed_as_the_model_renames_its_modules():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = quant_config({"model.language_model.layers.0.mlp.down_proj": LAYER, "lm_head": LAYER})
+    config.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."})
+    )
+    assert set(config.layers) == {"language_model.model.layers.0.mlp.down_proj", "lm_head"}
+    with pytest.raises(ValueError, match="maps two quantized layers to one name"):
+        config.apply_vllm_mapper(WeightsMapper(orig_to_new_regex={__import__("regex").compile(".*"): "x"}))
+
+
+def test_headers_are_checked_before_anything_is_built(tmp_path):
+    config = quant_config({"c": LAYER})
+    config.maybe_update_config("some-org/some-model")
+    config.maybe_update_config(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"not a header")
+    with pytest.raises(ReQuantFormatError, match=r"model\.safetensors"):
+        config.maybe_update_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_concat_rows_stacks_the_weights(fmt):
+    without = random_layer(5, 128, **(fmt | {"density": 0.0}))
+    parts = [
+        random_layer(7, 128, **fmt),
+        without,
+        zero_layer(without.spec, 3),
+        random_layer(9, 128, seed=2, **fmt),
+    ]
+    stacked = concat_rows(parts)
+    stacked.check(name="stacked")
+    assert torch.equal(stacked.weight(), torch.cat([part.weight() for part in parts]))
+    assert (stacked.weight()[12:15] == 0).all()
+
+
+def test_concat_rows_refuses_other_formats():
+    with pytest.raises(ValueError, match="can be stacked"):
+        concat_rows([LAYER, random_layer(64, 128, **FORMATS["lut3"])])
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("nnz", [0, 1, 13, 700, 7 * 100])
+def test_synthetic_layer_is_valid_and_has_the_stated_size(fmt, nnz):
+    spec = random_layer(7, 100, **fmt).spec.model_copy(update={"nnz": nnz})
+    layer = synthetic_layer(spec)
+    layer.check(name="synthetic")
+    assert layer.spec.nnz == nnz and layer.weight().abs().max() < 0.1

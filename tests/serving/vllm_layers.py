@@ -1,0 +1,80 @@
+"""Random quantized layers, vLLM configs that name them, and loading as vLLM's loaders do it."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from vllm_requant.format import CheckpointConfig, LayerSpec, LutSpec, QuantizedLayer, UniformSpec
+from vllm_requant.kernels.bitstream import pack_codes
+
+RankSetter = Callable[[int, int], None]
+
+FORMATS = {
+    "uniform4": {"kind": "uniform", "bits": 4, "group_size": 32, "density": 0.0},
+    "uniform3-sparse": {"kind": "uniform", "bits": 3, "group_size": 128, "density": 0.02},
+    "lut3": {"kind": "lut", "bits": 3, "density": 0.0},
+    "lut4-sparse": {"kind": "lut", "bits": 4, "density": 0.02},
+}
+
+
+def random_layer(
+    rows: int, columns: int, *, kind: str, bits: int, group_size: int = 0, density: float = 0.0, seed: int = 0
+) -> QuantizedLayer:
+    """A layer with codes, scales, zero points or tables, and sparse elements drawn at random."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def codes(count: int) -> Tensor:
+        return pack_codes(torch.randint(0, 1 << bits, (rows, count), generator=rng), bits)
+
+    spec: LayerSpec
+    if kind == "uniform":
+        spec = UniformSpec(bits=bits, group_size=group_size, in_features=columns, out_features=rows)
+        scales = 0.01 + 0.02 * torch.rand(rows, spec.groups, generator=rng)
+        dense = {"qweight": codes(columns), "scales": scales.half(), "qzeros": codes(spec.groups)}
+    else:
+        spec = LutSpec(bits=bits, in_features=columns, out_features=rows)
+        table = 0.1 * torch.randn(rows, 1 << bits, generator=rng)
+        dense = {"qweight": codes(columns), "lookup_table": table.half()}
+    weight = torch.randn(rows, columns, generator=rng)
+    mask = torch.rand(rows, columns, generator=rng) < density
+    return QuantizedLayer.build(spec, dense, weight=weight, mask=mask)
+
+
+def quant_config(layers: Mapping[str, QuantizedLayer], packed: Mapping[str, list[str]] | None = None):
+    """The vLLM config of a checkpoint with these layers, for a model that fuses as ``packed`` says."""
+    from vllm_requant.serving.config import RequantConfig
+
+    checkpoint = CheckpointConfig(layers={name: layer.spec for name, layer in layers.items()})
+    config = RequantConfig.from_config(checkpoint.model_dump(mode="json"))
+    config.packed_modules_mapping = dict(packed or {})
+    return config
+
+
+def load(
+    module: torch.nn.Module, shards: Mapping[str | int | tuple[int, ...] | None, QuantizedLayer]
+) -> torch.nn.Module:
+    """Load as a model does: fused layers through their ``load_weights``, others through ``weight_loader``.
+
+    The tensors come in an order that mixes the shards.
+    """
+    stream = sorted((suffix, index) for index, s in enumerate(shards) for suffix in shards[s].tensors)
+    ids = list(shards)
+    for suffix, index in stream:
+        tensor = shards[ids[index]].tensors[suffix].clone()
+        if hasattr(module, "load_weights"):
+            if ids[index] is not None:
+                tensor.shard_id = ids[index]
+            list(module.load_weights([(suffix, tensor)]))
+        else:
+            param = getattr(module, suffix)
+            param.weight_loader(param, tensor)
+    module.quant_method.process_weights_after_loading(module)
+    return module
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the order of float32 sums: relative to the largest output, as sums of many terms are."""
+    assert actual.shape == expected.shape
+    bound = 1e-5 * expected.abs().max().item()
+    assert (actual - expected).abs().max().item() <= bound

@@ -1,0 +1,30 @@
+"""``requant``: convert, inspect, eval, serve. One file a command.
+
+Results go to stdout, progress and logs to stderr. Exit status: 0 good, 1 failed, 2 wrong usage.
+"""
+
+import typer
+
+from . import convert, evaluate, inspect, serve
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="requant",
+    help="Low-bit language models with a sparse residual, for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("convert")(convert.command)
+app.command("inspect")(inspect.command)
+app.command("eval")(evaluate.command)
+app.command(
+    "serve",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve.command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

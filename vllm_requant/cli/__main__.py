@@ -1,0 +1,5 @@
+"""``python -m vllm_requant.cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,157 @@
+"""``requant convert``: a causal language model in, a ReQuant checkpoint out."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import command_errors, print_json, set_up_logging, share
+
+__all__ = ["command"]
+
+log = logging.getLogger(__name__)
+Share = Annotated[float, typer.Option(parser=share, metavar="SHARE")]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Local folder, Hub id, or GGUF file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint; must not exist.")],
+    base: Annotated[str, typer.Option(help="Dense quantizer: squeezellm or rtn.")] = "squeezellm",
+    bits: Annotated[int, typer.Option(help="Bits of a dense code.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, and the head).")] = 64,
+    outliers: Annotated[
+        float, typer.Option(parser=share, metavar="SHARE", help="Outliers removed before the dense fit.")
+    ] = "0.45%",  # type: ignore[assignment]
+    significant: Annotated[
+        float, typer.Option(parser=share, metavar="SHARE", help="Significant weights detached after it.")
+    ] = "0.05%",  # type: ignore[assignment]
+    rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached.")] = 2,
+    selection: Annotated[
+        str, typer.Option(help="Who picks the sparse positions: requant, base (its own rule), random (control).")
+    ] = "requant",
+    lm_head_bits: Annotated[int, typer.Option(help="8 or 4 quantizes the output head (rtn); 16 leaves it.")] = 16,
+    calibration_dataset: Annotated[
+        str, typer.Option(help="self (sampled from the model), a text or JSONL file, or a Hub data set.")
+    ] = "self",
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    quadrature: Annotated[str, typer.Option(help="Rule of the path integral: gauss, midpoint, uniform.")] = "gauss",
+    nodes: Annotated[int, typer.Option(help="Gradient evaluations on the path.")] = 4,
+    dtype: Annotated[str, typer.Option(help="Type of unquantized tensors: auto, bfloat16, float16.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of calibration and controls.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out, and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Convert a model to a ReQuant checkpoint."""
+    set_up_logging()
+    with command_errors():
+        from ..format.writer import check_output
+        from ..offline.calibration import check_dataset
+        from ..offline.models import DTYPES, skeleton
+        from ..offline.pipeline import plan
+        from ..offline.recipe import Recipe, RecipeError
+
+        recipe = Recipe(
+            base=base,
+            bits=bits,
+            group_size=group_size,
+            outliers=outliers,
+            significant=significant,
+            rounds=rounds,
+            selection=selection,
+            quadrature=quadrature,
+            nodes=nodes,
+            lm_head_bits=lm_head_bits,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=seed,
+        )
+        if dtype not in DTYPES:
+            raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+        # everything that can be refused is refused before a weight is read
+        check_output(output, overwrite=overwrite)
+        if recipe.needs_calibration:
+            check_dataset(calibration_dataset)
+        planned = _describe_plan(plan(skeleton(model, revision=revision), recipe))
+        if dry_run:
+            _show(planned | {"dry_run": True, "model": model}, as_json)
+            return
+        result = _convert(
+            model, output, recipe, calibration_dataset, dtype, revision, overwrite, max_shard_size
+        )
+        _show(result, as_json)
+
+
+def _convert(model, output, recipe, dataset, dtype, revision, overwrite, max_shard_size):  # type: ignore[no-untyped-def]
+    from ..offline.calibration import load_calibration
+    from ..offline.models import load_causal_lm
+    from ..offline.pipeline import convert
+    from ..offline.save import save
+
+    started = time.monotonic()
+    log.info("loading %s", model)
+    lm = load_causal_lm(model, revision=revision, dtype=dtype)
+    calibration = None
+    if recipe.needs_calibration:
+        calibration = load_calibration(
+            dataset,
+            lm.model,
+            lm.tokenizer,
+            num_samples=recipe.num_samples,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+        )
+    conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None)
+    config = save(
+        output, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size
+    )
+    report = conversion.report
+    return {
+        "output": str(output),
+        "layers": len(config.layers),
+        "bits_per_weight": config.bits_per_weight,
+        "nnz": config.nnz,
+        "quantized_bytes": config.nbytes,
+        "integrals": [
+            {key: value for key, value in integral.items() if key != "predicted_by_layer"}
+            for integral in report["integrals"]
+        ],
+        "calibration_loss_original": report.get("calibration_loss_original"),
+        "calibration_loss": report.get("calibration_loss"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _describe_plan(specs):  # type: ignore[no-untyped-def]
+    from ..format import CheckpointConfig
+
+    config = CheckpointConfig(layers=specs)
+    return {
+        "layers": len(specs),
+        "weights": config.numel,
+        "bits_per_weight": config.bits_per_weight,
+        "nnz": config.nnz,
+        "quantized_bytes": config.nbytes,
+    }
+
+
+def _show(result, as_json):  # type: ignore[no-untyped-def]
+    if as_json:
+        print_json(result)
+        return
+    typer.echo(f"{result['layers']} layers at {result['bits_per_weight']:.3f} bits per weight,", nl=False)
+    typer.echo(f" {result['nnz']} sparse elements, {result['quantized_bytes'] / 2**20:.1f} MiB")
+    if "dry_run" in result:
+        typer.echo("dry run: nothing was written")
+        return
+    for integral in result["integrals"]:
+        typer.echo(
+            f"ΔF {integral['stage']}: predicted {integral['predicted']:.5f}, actual {integral['actual']:.5f} "
+            f"({100 * integral['relative_error']:.2f} % off)"
+        )
+    typer.echo(f"wrote {result['output']} in {result['seconds']:.0f} s; serve it with: requant serve {result['output']}")

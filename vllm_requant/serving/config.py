@@ -1,0 +1,199 @@
+"""``quantization_config`` of a ReQuant checkpoint as vLLM's ``QuantizationConfig``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, parse_config
+from ..format.reader import check_headers
+from .embedding import RequantEmbeddingMethod, TieableHeadMethod
+from .linear import RequantLinearMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+__all__ = ["RequantConfig"]
+
+# what models call their token embedding, and never their head
+_EMBEDDING_NAMES = frozenset(
+    {"embed_in", "embed_tokens", "embedding", "embeddings", "tok_embeddings", "word_embeddings", "wte"}
+)
+_NAMES_IN_MESSAGE = 5
+
+
+class RequantConfig(QuantizationConfig):
+    """Which modules of the model are quantized, and how.
+
+    Attributes:
+        checkpoint: the entry of ``config.json`` as it stands.
+        layers: its layers under vLLM's module names (see :meth:`apply_vllm_mapper`).
+        dummy: vLLM runs with ``--load-format dummy``.
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.layers: dict[str, LayerSpec] = dict(checkpoint.layers)
+        self.dummy = False
+        self._claimed: set[str] = set()
+        self._pipeline_parallel = False
+
+    def __repr__(self) -> str:
+        bits = self.checkpoint.bits_per_weight
+        return f"{type(self).__name__}(layers={len(self.layers)}, bits_per_weight={bits:.2f})"
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75  # Turing, the oldest that vLLM and Triton serve
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # the entry stands in config.json, nowhere else
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "RequantConfig":
+        """From the ``quantization_config`` entry.
+
+        Raises:
+            ReQuantFormatError: it breaks the schema.
+        """
+        return cls(parse_config(config))
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Hold a local checkpoint's file headers against the configuration before anything is allocated.
+
+        Raises:
+            ReQuantFormatError: a file or tensor is missing or has another type or shape.
+        """
+        folder = Path(model_name)
+        # a folder with config.json alone serves --load-format dummy
+        if folder.is_dir() and any(folder.glob("*.safetensors*")):
+            check_headers(folder, self.checkpoint)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename the layers as the model class renames its modules.
+
+        Raises:
+            ValueError: two layers get the same name, or one gets none.
+        """
+        renamed = hf_to_vllm_mapper.apply_dict(self.layers)
+        if len(renamed) != len(self.layers):
+            raise ValueError(
+                "the model class maps two quantized layers to one name; it cannot serve this checkpoint"
+            )
+        self.layers = renamed
+        self._claimed = set(hf_to_vllm_mapper.apply_list(list(self._claimed)))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a module that vLLM builds, ``prefix`` being its name; None for vLLM's default.
+
+        Raises:
+            ValueError: only a part of a fused layer is quantized, or the layer is a mixture of experts.
+        """
+        self._observe_engine()
+        if isinstance(layer, LinearBase):
+            modules = self._stored_modules(prefix)
+            return RequantLinearMethod(self, modules) if modules else UnquantizedLinearMethod()
+        if isinstance(layer, ParallelLMHead):
+            # with tied embeddings the head's fate is known only when the model ties it
+            return self._embedding_method(prefix) or TieableHeadMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._embedding_method(prefix or self._nameless_embedding(layer))
+        if isinstance(layer, RoutedExperts):
+            self._refuse_experts(prefix)
+        return None
+
+    def require_all_claimed(self) -> None:
+        """Called when all modules exist: every quantized layer must belong to one of them.
+
+        A layer that the model class builds without its quantization config, or under another name, would
+        otherwise be left unloaded by some of vLLM's loaders. With pipeline parallelism most layers live in
+        other processes, and vLLM's own complaint about unknown tensors must do.
+
+        Raises:
+            ValueError: some belong to none.
+        """
+        unclaimed = sorted(self.layers.keys() - self._claimed)
+        if unclaimed and not self._pipeline_parallel:
+            shown = ", ".join(unclaimed[:_NAMES_IN_MESSAGE]) + (
+                ", …" if len(unclaimed) > _NAMES_IN_MESSAGE else ""
+            )
+            raise ValueError(
+                f"{len(unclaimed)} quantized layers of the checkpoint have no quantizable module "
+                f"in vLLM's model: {shown}"
+            )
+
+    def _observe_engine(self) -> None:
+        engine = get_current_vllm_config_or_none()
+        if engine is not None:
+            self.dummy = engine.load_config.load_format == "dummy"
+            self._pipeline_parallel = engine.parallel_config.pipeline_parallel_size > 1
+
+    def _stored_modules(self, prefix: str) -> dict[str, LayerSpec]:
+        """The quantized modules that make up the linear layer ``prefix``, in order; none if unquantized."""
+        if prefix in self.layers:
+            names = [prefix]
+        else:
+            parent, _, last = prefix.rpartition(".")
+            siblings = self.packed_modules_mapping.get(last, [])
+            names = [f"{parent}.{sibling}" if parent else sibling for sibling in siblings]
+            missing = [name for name in names if name not in self.layers]
+            if len(missing) == len(names):
+                return {}
+            if missing:
+                raise ValueError(
+                    f"vLLM computes {', '.join(names)} as one layer, but the checkpoint does not quantize "
+                    f"{', '.join(missing)}; quantize all of them or none"
+                )
+        self._claimed.update(names)
+        return {name: self.layers[name] for name in names}
+
+    def _embedding_method(self, name: str) -> RequantEmbeddingMethod | None:
+        if name not in self.layers:
+            return None
+        self._claimed.add(name)
+        return RequantEmbeddingMethod(self, name, self.layers[name])
+
+    def _nameless_embedding(self, layer: VocabParallelEmbedding) -> str:
+        """The quantized embedding that vLLM builds without telling its name (Llama's, among many).
+
+        Raises:
+            ValueError: several would fit.
+        """
+        shape = (layer.org_vocab_size, layer.embedding_dim)
+        fitting = [
+            name
+            for name, spec in self.layers.items()
+            if name.rpartition(".")[2] in _EMBEDDING_NAMES and (spec.out_features, spec.in_features) == shape
+        ]
+        if len(fitting) > 1:
+            raise ValueError(
+                f"vLLM builds a token embedding of {list(shape)} without a name, "
+                f"and {', '.join(fitting)} would all fit"
+            )
+        return fitting[0] if fitting else ""
+
+    def _refuse_experts(self, prefix: str) -> None:
+        # vLLM may build the experts one module deeper than the checkpoint names them
+        experts = prefix.removesuffix(".routed_experts") + "."
+        named = sorted(name for name in self.layers if name.startswith(experts))
+        if named:
+            raise ValueError(
+                f"{prefix}: quantized mixture-of-experts layers are not supported yet; convert the model "
+                f"with the experts left unquantized ({', '.join(named[:_NAMES_IN_MESSAGE])}, …)"
+            )

@@ -1,0 +1,110 @@
+"""Run-time weights of a vLLM layer: stacked parts in the kernels' layout, and the calls that use them.
+
+A fused layer is one *segment*, one kernel call, while its parts share a format; a part in another format
+(another bit width, say) begins a new segment.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from .. import kernels
+from ..format import QuantizedLayer
+from .rows import concat_rows, group_size, same_format
+
+__all__ = ["Segment", "install_segments", "segment_weights", "segments_linear"]
+
+# a name below vllm's, so that vLLM's handlers and VLLM_LOGGING_LEVEL apply to it
+logger = init_logger(f"vllm.{__name__}")
+
+
+class Segment(NamedTuple):
+    """Consecutive output features of one format.
+
+    Attributes:
+        kind, bits, group_size: as the kernels take them; group_size 0 for kinds without groups.
+        in_features: of this rank.
+        names: (the kernels' name, the parameter's name in the vLLM layer) of every run-time tensor.
+    """
+
+    kind: str
+    bits: int
+    group_size: int
+    in_features: int
+    names: tuple[tuple[str, str], ...]
+
+
+def install_segments(
+    layer: torch.nn.Module, parts: Sequence[QuantizedLayer], device: torch.device
+) -> tuple[Segment, ...]:
+    """Stack, repack and register ``parts`` as parameters ``segment<i>_<name>`` of ``layer``.
+
+    Args:
+        parts: this rank's canonical layers on the CPU, in the order of the output features.
+        device: where the layer computes.
+    """
+    runs: list[list[QuantizedLayer]] = []
+    for part in parts:
+        if runs and same_format(runs[-1][-1].spec, part.spec):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    segments = []
+    for index, run in enumerate(runs):
+        with torch.device("cpu"):
+            stacked = concat_rows(run)
+        spec = stacked.spec
+        group = group_size(spec)
+        weights = kernels.repack(
+            spec.kind,
+            stacked.tensors,
+            bits=spec.bits,
+            group_size=group,
+            in_features=spec.in_features,
+            device=device,
+        )
+        names = tuple((name, f"segment{index}_{name}") for name in weights)
+        for name, attribute in names:
+            layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
+        segments.append(Segment(spec.kind, spec.bits, group, spec.in_features, names))
+        _log_kernel(spec.kind, torch.device(device).type)
+    return tuple(segments)
+
+
+def segment_weights(layer: torch.nn.Module, segment: Segment) -> dict[str, Tensor]:
+    """The segment's run-time tensors by the kernels' names."""
+    return {name: getattr(layer, attribute) for name, attribute in segment.names}
+
+
+def segments_linear(
+    layer: torch.nn.Module, segments: Sequence[Segment], x: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``x · Wᵀ + bias``.
+
+    Args:
+        x: ``[..., in_features]``, float32, bfloat16 or float16.
+        bias: ``[out_features]`` or None.
+
+    Returns:
+        ``[..., out_features]`` in ``x.dtype``.
+    """
+    outputs = [
+        kernels.linear(
+            segment.kind, x, segment_weights(layer, segment), bits=segment.bits, group_size=segment.group_size
+        )
+        for segment in segments
+    ]
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+@cache
+def _log_kernel(kind: str, device_type: str) -> None:
+    """Say once per process which kernel serves a kind."""
+    logger.info(
+        "ReQuant %s layers run through %s", kind, kernels.kernel_path(kind, torch.device(device_type))
+    )
