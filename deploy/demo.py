@@ -21,6 +21,10 @@ REQUANT = [sys.executable, "-m", "vllm_requant.cli"]
 START_SECONDS = 600
 
 
+class ServerError(RuntimeError):
+    """The server did not come up."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="model to convert")
@@ -36,8 +40,19 @@ def main() -> None:
         print(f"{checkpoint} exists, used again")
     else:
         run(
-            [*REQUANT, "convert", arguments.model, "-o", str(checkpoint), "--bits", "4"]
-            + ["--num-samples", str(arguments.num_samples), "--seq-len", str(arguments.seq_len)]
+            [
+                *REQUANT,
+                "convert",
+                arguments.model,
+                "-o",
+                str(checkpoint),
+                "--bits",
+                "4",
+                "--num-samples",
+                str(arguments.num_samples),
+                "--seq-len",
+                str(arguments.seq_len),
+            ]
         )
     facts = json.loads(run([*REQUANT, "inspect", str(checkpoint), "--json"], capture=True))
 
@@ -51,7 +66,9 @@ def main() -> None:
     step("3/4  serve it with vLLM (eager, so that it starts within a minute or two)")
     log_path = arguments.work / "server.log"
     port = free_port()
-    server = start_server(checkpoint, port, log_path)
+    command = [*REQUANT, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--max-model-len", "2048", "--enforce-eager", "--served-model-name", "demo"]
+    server = start_server(command, log_path)
     try:
         wait_until_healthy(server, port, log_path)
         step("4/4  ask over the OpenAI API, streaming")
@@ -89,13 +106,15 @@ def free_port() -> int:
         return port
 
 
-def start_server(checkpoint: Path, port: int, log_path: Path) -> "subprocess.Popen[bytes]":
-    command = [*REQUANT, "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "2048", "--enforce-eager", "--served-model-name", "demo"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
-    # a session of its own: stopping it reaches the engine's processes too
+def start_server(command: list[str], log_path: Path, **environment: str) -> "subprocess.Popen[bytes]":
+    """Start a server in a session of its own, so that stopping it reaches the engine's processes too."""
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return subprocess.Popen(
-        command, env=environment, stdout=log_path.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=defaults | os.environ | environment,
+        stdout=log_path.open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -104,7 +123,7 @@ def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int, log_path: P
     while time.monotonic() - started < START_SECONDS:
         if server.poll() is not None:
             tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-20:])
-            sys.exit(f"the server ended with status {server.returncode}; the end of {log_path}:\n{tail}")
+            raise ServerError(f"the server ended with status {server.returncode}; the end of {log_path}:\n{tail}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 print(f"ready after {time.monotonic() - started:.0f} s")
@@ -112,7 +131,7 @@ def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int, log_path: P
         except (urllib.error.URLError, OSError):
             time.sleep(2)
             print(".", end="", flush=True)
-    sys.exit(f"the server was not ready after {START_SECONDS} s; see {log_path}")
+    raise ServerError(f"the server was not ready after {START_SECONDS} s; see {log_path}")
 
 
 def ask(port: int) -> tuple[int, float]:
@@ -153,4 +172,7 @@ def stop(server: "subprocess.Popen[bytes]") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ServerError as error:
+        sys.exit(str(error))

@@ -1,7 +1,8 @@
 """y = x · (dense + sparse)ᵀ on low-bit weights: repack once for a device, then multiply or look rows up.
 
-Tensors are validated by whoever loads them (:mod:`vllm_requant.format`); the kernels check what they need in
-order not to read outside a tensor. Importing this package loads no native code; the first call on the CPU does.
+Tensors are validated by whoever loads them (:mod:`vllm_requant.format`); the kernels check no more than what
+keeps them from reading outside a tensor. Importing this package loads no native code; the first call on the
+CPU does.
 """
 
 from collections.abc import Mapping
@@ -9,11 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import cpu, ops
+from . import cpu
 from .bitstream import unpack_codes
 from .cpu import KernelsUnavailableError
+from .ops import FUSED_BATCH
 
-__all__ = ["KernelsUnavailableError", "embedding", "kernel_path", "linear", "repack"]
+__all__ = ["FUSED_BATCH", "KernelsUnavailableError", "embedding", "kernel_path", "linear", "repack"]
 
 _DENSE = {"uniform": ("qweight", "scales", "qzeros"), "lut": ("qweight", "lookup_table")}
 _SPARSE = ("sparse_indptr", "sparse_indices", "sparse_values")
@@ -38,9 +40,9 @@ def repack(
 
     Args:
         kind: ``"uniform"`` or ``"lut"``.
-        tensors: by suffix, types and shapes as in SPEC.md, section 4: ``qweight``, ``scales`` and ``qzeros``, or
-            ``qweight`` and ``lookup_table``; ``sparse_indptr``, ``sparse_indices`` and ``sparse_values`` or none
-            of the three.
+        tensors: by suffix, types and shapes as in SPEC.md, section 4: ``qweight``, ``scales``, ``qzeros`` or
+            ``qweight``, ``lookup_table``; then ``sparse_indptr``, ``sparse_indices``, ``sparse_values`` or none
+            of these three.
         bits: width of a code.
         group_size: columns that share a scale; 0 for kinds without groups.
         in_features: columns of the weight.
@@ -50,9 +52,9 @@ def repack(
         Contiguous tensors that share no memory with the input, under the same names as the canonical ones.
         The set of names depends on ``kind`` alone: without a sparse part the sparse tensors are empty.
 
-        On the CPU ``qweight`` is a flat uint8 tensor in the layout of cpu/kernels.h and ``qzeros`` holds a zero
-        point a byte, ``[out_features, groups]``. On other devices both are the canonical ones. On every device
-        uint16 ``sparse_indices`` become the int16 of the same bits, because torch computes little on uint16.
+        On the CPU ``qweight`` is a flat uint8 tensor in the layout of cpu/kernels.h and ``qzeros`` holds a
+        zero point a byte, ``[out_features, groups]``. On other devices both are the canonical ones. On every
+        device uint16 ``sparse_indices`` become the int16 of the same bits: torch computes little on uint16.
 
     Raises:
         ValueError: unknown kind, or a tensor is missing.
@@ -88,8 +90,8 @@ def repack(
 def linear(kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, group_size: int) -> Tensor:
     """``x · (dense + sparse)ᵀ``, accumulated in float32.
 
-    On the CPU batches of up to :data:`ops.FUSED_BATCH` rows are multiplied with exact float32 weights, each row
-    with the same result in every batch of that size. Larger batches go through torch's matrix product with
+    On the CPU batches of up to :data:`FUSED_BATCH` rows are multiplied with exact float32 weights, and
+    a row has the same result in every such batch. Larger batches go through torch's matrix product, with
     weights rounded to bfloat16 if ``x`` is bfloat16, else with float32 weights.
 
     Args:

@@ -65,9 +65,7 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     _check_bits(bits)
     rows, width = packed.shape
     if width != row_bytes(count, bits):
-        raise ValueError(
-            f"{count} codes of {bits} bits take {row_bytes(count, bits)} bytes a row, got {width}"
-        )
+        raise ValueError(f"{count} codes of {bits} bits take {row_bytes(count, bits)} bytes a row, got {width}")
     if bits == 8:
         return packed
     blocks = (count + 7) // 8

@@ -1,9 +1,9 @@
-"""The torch ops ``requant::{uniform,lut}_{linear,embedding}``: opaque to torch.compile, one implementation a device.
+"""The torch ops ``requant::{uniform,lut}_{linear,embedding}``, opaque to torch.compile.
 
 An op takes the run-time tensors that :func:`vllm_requant.kernels.repack` made for the device of ``x``. Which
-code runs for which batch size is decided inside the op, because vLLM traces a model once with a symbolic batch
-size. On the CPU the native kernels run; elsewhere the tensors are the canonical ones and plain torch runs,
-without a synchronisation with the host.
+code runs for which batch size is decided inside the op, because vLLM traces a model once with a symbolic
+batch size. On the CPU the native kernels run; elsewhere the tensors are the canonical ones and plain torch
+runs, without a synchronisation with the host.
 """
 
 import torch
@@ -15,7 +15,7 @@ from . import cpu, reference
 __all__ = ["FUSED_BATCH", "add_sparse_", "dequantize"]
 
 FUSED_BATCH = 16
-"""Largest batch for which the CPU multiplies codes; above it panels of the weight are dequantized for torch."""
+"""Largest batch for which the CPU multiplies codes; above it torch multiplies dequantized panels."""
 
 PANEL_BYTES = 4 << 20
 """Size of a dequantized panel: it should stay in the cache between being written and being multiplied."""
@@ -36,9 +36,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # ---- CPU ---------------------------------------------------------------------------------------------------
 
 
-def _check_cpu(
-    weights: cpu.Weights, dtype: torch.dtype, bits: int, group_size: int, in_features: int
-) -> None:
+def _check_cpu(weights: cpu.Weights, dtype: torch.dtype, bits: int, group_size: int, in_features: int) -> None:
     """Refuse what would make a kernel read outside a tensor."""
     if dtype not in _FLOATS:
         raise TypeError(f"the kernels compute in float32, bfloat16 or float16, not {dtype}")
@@ -46,9 +44,7 @@ def _check_cpu(
     columns = 1 << bits if group_size == 0 else -(-in_features // group_size)
     expected = rows * cpu.row_bytes(bits, in_features) + cpu.CODE_SLACK
     if weights[0].numel() != expected or weights[1].shape[1] != columns:
-        raise ValueError(
-            f"the weight does not have {in_features} input features, {bits} bits, group {group_size}"
-        )
+        raise ValueError(f"the weight does not have {in_features} input features, {bits} bits, group {group_size}")
     for tensor in weights:
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError("run-time tensors must be contiguous")
@@ -188,11 +184,9 @@ def dequantize(
     group_size: int,
     in_features: int,
 ) -> Tensor:
-    """float32 ``[out_features, in_features]`` of the tensors that :func:`repack` makes for a device but the CPU."""
+    """float32 ``[out_features, in_features]`` of tensors that were repacked for another device than the CPU."""
     if kind == "uniform":
-        weight = reference.dequantize_uniform(
-            *dense, bits=bits, group_size=group_size, in_features=in_features
-        )
+        weight = reference.dequantize_uniform(*dense, bits=bits, group_size=group_size, in_features=in_features)
     else:
         weight = reference.dequantize_lut(*dense, bits=bits, in_features=in_features)
     return add_sparse_(weight, *sparse)
@@ -291,4 +285,4 @@ if not hasattr(torch.ops.requant, "uniform_linear"):
         torch.library.register_fake(f"requant::{_name}", _fake, lib=_library)
     # The registrations live as long as the object. A second import, also of this folder under the name
     # `kernels`, which the root of the checkout offers, finds the ops and must find them alive.
-    torch.ops.requant.registrations = _library
+    setattr(torch.ops.requant, "registrations", _library)  # noqa: B010 (a namespace made at run time)

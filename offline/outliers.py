@@ -10,13 +10,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["TAUS", "adaptive_counts", "largest_magnitude", "random_positions", "squeezellm_positions", "top_over_layers"]
+__all__ = [
+    "TAUS",
+    "adaptive_counts",
+    "largest_magnitude",
+    "random_positions",
+    "squeezellm_positions",
+    "top_over_layers",
+]
 
 TAUS = (0.0, 0.5, 1.0)
 _MAX_FACTOR = 8.0  # a layer gets at most this many times the overall ratio
 
 
-def adaptive_counts(mean_score: Mapping[str, float], numel: Mapping[str, int], budget: int, tau: float) -> dict[str, int]:
+def adaptive_counts(
+    mean_score: Mapping[str, float], numel: Mapping[str, int], budget: int, tau: float
+) -> dict[str, int]:
     """Outliers of each layer.
 
     Args:

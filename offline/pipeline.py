@@ -162,9 +162,7 @@ class _Run:
 
     def _base_rule(self) -> tuple[dict[str, DenseLayer], Masks]:
         assert self.fisher is not None
-        masks = outliers.squeezellm_positions(
-            self.weights, self.fisher, self.recipe.outliers, self.recipe.significant
-        )
+        masks = outliers.squeezellm_positions(self.weights, self.fisher, self.recipe.outliers, self.recipe.significant)
         return self._quantize(masks, "quantizing"), masks
 
     def _random(self) -> tuple[dict[str, DenseLayer], Masks]:
@@ -211,7 +209,11 @@ class _Run:
         predicted, actual = sum(share.values()), loss - self.loss_original
         error = abs(predicted - actual) / abs(actual) if actual else float("nan")
         log.info(
-            "integral (%s): ΔF predicted %.5f, actual %.5f, relative error %.3f %%", label, predicted, actual, 100 * error
+            "integral (%s): ΔF predicted %.5f, actual %.5f, relative error %.3f %%",
+            label,
+            predicted,
+            actual,
+            100 * error,
         )
         self.integrals.append(
             {

@@ -64,9 +64,7 @@ def token_loss(model: Any, tokens: Tensor) -> Tensor:
 def calibration_loss(model: Any, tokens: Tensor, label: str = "calibration loss") -> float:
     """F: mean over the sequences ``[num_samples, seq_len]`` of their mean token cross-entropy."""
     device = next(model.parameters()).device
-    losses = [
-        float(token_loss(model, row[None].to(device))) for row in track(tokens, label, total=len(tokens))
-    ]
+    losses = [float(token_loss(model, row[None].to(device))) for row in track(tokens, label, total=len(tokens))]
     return float(np.mean(losses))
 
 

@@ -66,7 +66,11 @@ class Recipe:
             raise RecipeError(f"--selection base: {self.base} has no rule of its own for sparse weights")
         if self.quadrature not in QUADRATURES:
             raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
-        for flag, value in (("--nodes", self.nodes), ("--num-samples", self.num_samples), ("--rounds", self.rounds)):
+        for flag, value in (
+            ("--nodes", self.nodes),
+            ("--num-samples", self.num_samples),
+            ("--rounds", self.rounds),
+        ):
             if value < 1:
                 raise RecipeError(f"{flag} {value}: must be at least 1")
         if self.seq_len < 2:

@@ -1,9 +1,9 @@
-"""``python -m vllm_requant.kernels.bench [--json FILE]``: speed of the CPU kernels, peers beside them in one run.
+"""``python -m vllm_requant.kernels.bench [--json FILE]``: speed of the CPU kernels, torch's beside it.
 
 For every shape, kind, width and batch: microseconds a call (the minimum of several repeats), weights and bytes
-of weights a second, the ratio to torch's ``F.linear`` in bfloat16 on the same shape, and the share of the
-read bandwidth measured in this run. Large layers rotate through copies that exceed the caches, as the layers of a
-large model do; small ones stay in the cache, as those of a small model may.
+of weights a second, the share of the read bandwidth measured in this run, and the speed-up over torch's
+``F.linear`` in bfloat16 on the same shape. Large layers rotate through copies that exceed most caches, as the
+layers of a large model do; small ones stay in the cache, as those of a small model may.
 """
 
 import argparse
@@ -37,16 +37,12 @@ DENSITY = 0.0005
 COLD_BYTES = 256 << 20
 
 
-def canonical(
-    kind: str, rows: int, columns: int, bits: int, group_size: int, density: float
-) -> dict[str, Tensor]:
+def canonical(kind: str, rows: int, columns: int, bits: int, group_size: int, density: float) -> dict[str, Tensor]:
     """Random canonical tensors of a layer."""
     generator = torch.Generator().manual_seed(0)
 
     def codes(count: int) -> Tensor:
-        return pack_codes(
-            torch.randint(1 << bits, (rows, count), dtype=torch.uint8, generator=generator), bits
-        )
+        return pack_codes(torch.randint(1 << bits, (rows, count), dtype=torch.uint8, generator=generator), bits)
 
     tensors = {"qweight": codes(columns)}
     if kind == "uniform":
@@ -81,9 +77,7 @@ def read_bandwidth(threads: int) -> float:
     """Bytes a second that ``threads`` threads read from a block larger than the caches."""
     block = torch.ones(256 << 20, dtype=torch.uint8)
     native = cpu.library()
-    return block.numel() / seconds(
-        lambda _: native.requant_read(block.data_ptr(), block.numel(), threads), 1.0
-    )
+    return block.numel() / seconds(lambda _: native.requant_read(block.data_ptr(), block.numel(), threads), 1.0)
 
 
 def measure(shape: tuple[int, int], budget: float, bandwidth: float) -> Iterator[dict[str, Any]]:
@@ -134,9 +128,7 @@ def measure(shape: tuple[int, int], budget: float, bandwidth: float) -> Iterator
 def _time_linear(
     kind: str, x: Tensor, layers: list[dict[str, Tensor]], bits: int, group_size: int, budget: float
 ) -> float:
-    return seconds(
-        lambda i: linear(kind, x, layers[i % len(layers)], bits=bits, group_size=group_size), budget
-    )
+    return seconds(lambda i: linear(kind, x, layers[i % len(layers)], bits=bits, group_size=group_size), budget)
 
 
 def _copies(nbytes: int) -> int:
@@ -147,20 +139,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vllm_requant.kernels.bench", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--threads", type=int, help="compute threads (default: torch's)")
-    parser.add_argument(
-        "--budget", type=float, default=0.1, help="seconds spent on one figure (default: 0.1)"
-    )
+    parser.add_argument("--budget", type=float, default=0.1, help="seconds spent on one figure (default: 0.1)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     threads = torch.get_num_threads()
     bandwidth = read_bandwidth(threads)
-    print(
-        f"{kernel_path('uniform', 'cpu')}, {threads} threads, reads {bandwidth / 1e9:.1f} GB/s, x in bfloat16"
-    )
-    print(
-        f"{'shape':>12} {'format':>10} {'batch':>5} {'µs':>9} {'Gw/s':>7} {'GB/s':>6} {'of read':>7} {'x bf16':>6}"
-    )
+    print(f"{kernel_path('uniform', 'cpu')}, {threads} threads, reads {bandwidth / 1e9:.1f} GB/s, x in bfloat16")
+    print(f"{'shape':>12} {'format':>10} {'batch':>5} {'µs':>9} {'Gw/s':>7} {'GB/s':>6} {'of read':>7} {'x bf16':>6}")
     results = []
     for shape in SHAPES:
         for result in measure(shape, options.budget, bandwidth):

@@ -1,8 +1,8 @@
 """The native CPU kernels: loading the shared object and calling its C ABI on tensors.
 
-Assumes what :mod:`vllm_requant.kernels.ops` has checked: contiguous CPU tensors of matching shapes. The shared
-object is loaded at first use. ``REQUANT_CPU_ISA`` (``scalar``, ``avx2`` or ``avx512``), read then, caps the
-instruction set.
+Assumes what :mod:`vllm_requant.kernels.ops` has checked: contiguous CPU tensors of matching shapes. The
+shared object is loaded at first use. ``REQUANT_CPU_ISA`` (``scalar``, ``avx2`` or ``avx512``), read then, caps
+the instruction set.
 """
 
 import ctypes
@@ -68,17 +68,17 @@ def library() -> ctypes.CDLL:
     """
     path = _find()
     try:
-        # torch, imported above, has loaded libgomp: the kernels bind to the same copy and hence to its threads
+        # torch, imported above, has loaded libgomp: the kernels bind to that copy and hence to its threads
         native = ctypes.CDLL(str(path))
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        weights = [number, number, size, size, size, *[pointer] * 5, number, pointer]
+        weights = (number, number, size, size, size, *(5 * (pointer,)), number, pointer)
         native.requant_isa.argtypes = []
         native.requant_set_isa.argtypes = [number]
         native.requant_codes_bytes.argtypes = [number, size, size]
         native.requant_codes_bytes.restype = size
         native.requant_repack_codes.argtypes = [number, size, size, pointer, pointer]
-        native.requant_linear.argtypes = [*weights, number, size, pointer, pointer]
-        native.requant_dequantize.argtypes = [*weights, number, pointer, size, size, pointer]
+        native.requant_linear.argtypes = (*weights, number, size, pointer, pointer)
+        native.requant_dequantize.argtypes = (*weights, number, pointer, size, size, pointer)
         native.requant_read.argtypes = [pointer, size, number]
         native.requant_read.restype = ctypes.c_uint64
     except (OSError, AttributeError) as error:
@@ -125,9 +125,7 @@ def repack_codes(qweight: Tensor, *, bits: int, in_features: int) -> Tensor:
     return out
 
 
-def _arguments(
-    kind: str, weights: Weights, bits: int, group_size: int, in_features: int
-) -> tuple[int | None, ...]:
+def _arguments(kind: str, weights: Weights, bits: int, group_size: int, in_features: int) -> tuple[int | None, ...]:
     codes, scales, zeros, indptr, indices, values = weights
     return (
         _KINDS[kind],

@@ -36,9 +36,7 @@ def kmeans_rows(values: Tensor, sample_weight: Tensor, clusters: int) -> Tensor:
     weight = sample_weight.detach().to("cpu", torch.float32).contiguous()
     rows, columns = value.shape
     centroids = torch.empty(rows, clusters, dtype=torch.float32)
-    library().requant_kmeans_rows(
-        value.data_ptr(), weight.data_ptr(), rows, columns, clusters, centroids.data_ptr()
-    )
+    library().requant_kmeans_rows(value.data_ptr(), weight.data_ptr(), rows, columns, clusters, centroids.data_ptr())
     return centroids.to(values.device)
 
 

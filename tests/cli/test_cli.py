@@ -41,7 +41,10 @@ def checkpoint(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inspect(checkpoint: Path) -> None:
     result = json.loads(requant("inspect", checkpoint, "--layers", "--json").stdout)
     assert result["kinds"] == {"lut 3 bit": 14}
-    assert result["bytes"]["total"] == result["bytes"]["dense"] + result["bytes"]["sparse"] + result["bytes"]["unquantized"]
+    assert (
+        result["bytes"]["total"]
+        == result["bytes"]["dense"] + result["bytes"]["sparse"] + result["bytes"]["unquantized"]
+    )
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     # headers apart, every byte of the file is accounted for
     assert 0 < size - result["bytes"]["total"] < 20_000

@@ -7,7 +7,14 @@ from vllm_requant.kernels.bitstream import pack_codes
 
 
 def random_layer(
-    kind: str, bits: int, out_features: int, in_features: int, *, density: float, group_size: int = 64, seed: int = 0
+    kind: str,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    *,
+    density: float,
+    group_size: int = 64,
+    seed: int = 0,
 ) -> tuple[QuantizedLayer, torch.Tensor, torch.Tensor]:
     """A layer, the full-precision weight its residual was taken from, and the mask of the residual."""
     generator = torch.Generator().manual_seed(seed)

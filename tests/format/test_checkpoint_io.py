@@ -19,7 +19,10 @@ def _content() -> tuple[dict[str, QuantizedLayer], dict[str, torch.Tensor]]:
         "model.b": random_layer("lut", 4, 24, 100, density=0)[0],
         "model.c": random_layer("lut", 2, 40, 100, density=1.0)[0],
     }
-    others = {"model.norm.weight": torch.linspace(-1, 1, 64).bfloat16(), "model.a.bias": torch.ones(24).bfloat16()}
+    others = {
+        "model.norm.weight": torch.linspace(-1, 1, 64).bfloat16(),
+        "model.a.bias": torch.ones(24).bfloat16(),
+    }
     return layers, others
 
 
@@ -27,9 +30,7 @@ def _write(folder: Path, max_shard_size: int | str = "5GB") -> Path:
     layers, others = _content()
     config = CheckpointConfig(layers={name: layer.spec for name, layer in layers.items()})
     with staged_folder(folder, overwrite=False) as staging:
-        write_tensors(
-            staging, {"model_type": "llama"}, config, layers, others, max_shard_size=max_shard_size
-        )
+        write_tensors(staging, {"model_type": "llama"}, config, layers, others, max_shard_size=max_shard_size)
     return folder
 
 
@@ -84,7 +85,10 @@ def test_nonfinite_tensor_is_not_written(tmp_path: Path) -> None:
     layers, others = _content()
     layers["model.b"].tensors["lookup_table"][0, 0] = float("nan")
     config = CheckpointConfig(layers={name: layer.spec for name, layer in layers.items()})
-    with pytest.raises(ReQuantFormatError, match="lookup_table"), staged_folder(tmp_path / "o", overwrite=False) as s:
+    with (
+        pytest.raises(ReQuantFormatError, match="lookup_table"),
+        staged_folder(tmp_path / "o", overwrite=False) as s,
+    ):
         write_tensors(s, {}, config, layers, others)
     assert list(tmp_path.iterdir()) == []
 
@@ -121,7 +125,10 @@ def _edit_tensors(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
         (lambda t: t.update({"model.a.qweight": t["model.a.qweight"][:, :-1].clone()}), "demands U8"),
         (lambda t: t.update({"model.a.weight": torch.zeros(2)}), "does not belong"),
         (lambda t: t.update({"model.b.sparse_values": torch.zeros(2).half()}), "does not belong"),
-        (lambda t: t.update({"model.c.sparse_values": t["model.c.sparse_values"][:5].clone()}), "demands F16"),
+        (
+            lambda t: t.update({"model.c.sparse_values": t["model.c.sparse_values"][:5].clone()}),
+            "demands F16",
+        ),
     ],
 )
 def test_tensors_that_contradict_the_configuration(tmp_path: Path, change, reason: str) -> None:  # type: ignore[no-untyped-def]

@@ -98,9 +98,7 @@ def build(
         indptr = torch.zeros(out_features + 1, dtype=torch.int32)
         indptr[1:] = mask.sum(1).cumsum(0)
         tensors["sparse_indptr"] = indptr
-        tensors["sparse_indices"] = mask.nonzero()[:, 1].to(
-            torch.uint16 if in_features <= 65536 else torch.int32
-        )
+        tensors["sparse_indices"] = mask.nonzero()[:, 1].to(torch.uint16 if in_features <= 65536 else torch.int32)
         tensors["sparse_values"] = torch.randn(int(indptr[-1]), generator=generator).half()
     return Layer(kind, bits, group_size, out_features, in_features, tensors)
 

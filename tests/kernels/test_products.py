@@ -1,9 +1,9 @@
 """Products and look-ups equal reference.py on every instruction set, within derived bounds.
 
-A float32 sum of K products errs by at most about K · 2⁻²⁴ · Σ|x||w| in any order; the result is rounded once more
-to the type of x. The bound is taken against the product in float64. Above the batch that is multiplied from
-codes, weights are rounded to bfloat16 where x is bfloat16, which adds 2⁻⁸ · Σ|x||w|. Dequantized weights must be
-equal bit by bit.
+A float32 sum of K products errs by at most about K · 2⁻²⁴ · Σ|x||w| in any order; the result is rounded once
+more to the type of x. The bound is taken against the product in float64. Above the batch that is multiplied
+from codes, weights are rounded to bfloat16 where x is bfloat16, which adds 2⁻⁸ · Σ|x||w|. Dequantized weights
+must be equal bit by bit.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def activations(batch: int, columns: int, dtype: torch.dtype, seed: int = 1) -> 
 def test_weights_and_products_equal_the_reference(
     make_layer: Callable, isa: str, kind: str, bits: int, group_size: int, density: float
 ) -> None:
-    # 576: SmolLM2's width, a tail of 64; 100 and 33: odd tails; 1000: tails of 64, 32 and 8; 5: less than a byte
+    # 576: SmolLM2's width, a tail of 64; 100 and 33: odd tails; 1000: tails of 64, 32 and 8; 5: no full lane
     for rows, columns in ((9, 576), (7, 100), (4, 33), (6, 1000), (3, 5), (8, 256), (1, 7 * 32)):
         layer = make_layer(kind, bits, group_size, rows, columns, density=density)
         weight, packed = layer.weight(), layer.repack()
@@ -59,23 +59,17 @@ def test_weights_and_products_equal_the_reference(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_shapes(make_layer: Callable, isa: str, data: st.DataObject) -> None:
-    kind, bits, group_size = data.draw(
-        st.sampled_from([*FORMATS, ("uniform", 4, 160), ("uniform", 3, 65536)])
-    )
+    kind, bits, group_size = data.draw(st.sampled_from([*FORMATS, ("uniform", 4, 160), ("uniform", 3, 65536)]))
     rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 700))
     density = data.draw(st.sampled_from([0.0, 0.002, 0.3, 1.0]))
-    layer = make_layer(
-        kind, bits, group_size, rows, columns, density=density, seed=data.draw(st.integers(0, 9))
-    )
+    layer = make_layer(kind, bits, group_size, rows, columns, density=density, seed=data.draw(st.integers(0, 9)))
     x = activations(data.draw(st.integers(1, ops.FUSED_BATCH)), columns, data.draw(st.sampled_from(DTYPES)))
     assert_product(layer.linear(x), x, layer.weight())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [17, 64])
-@pytest.mark.parametrize(
-    ("kind", "bits", "group_size"), [("uniform", 4, 64), ("uniform", 3, 96), ("lut", 3, 0)]
-)
+@pytest.mark.parametrize(("kind", "bits", "group_size"), [("uniform", 4, 64), ("uniform", 3, 96), ("lut", 3, 0)])
 def test_large_batch(
     make_layer: Callable,
     monkeypatch: pytest.MonkeyPatch,
@@ -177,7 +171,7 @@ def test_embedding(make_layer: Callable, isa: str, kind: str, bits: int, group_s
 
 
 def test_float16_conversions_of_every_tier(isa: str) -> None:
-    """Every finite float16 goes through float32 and back; sums between two float16 round as torch rounds them."""
+    """Every finite float16 survives float32; sums that fall between two float16 round as in torch."""
     halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
     halves = halves[halves.isfinite()]
     # W = [[1, 2⁻¹⁴]]: the first column copies x, the second moves the sum off the float16 grid

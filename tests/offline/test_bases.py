@@ -1,5 +1,7 @@
 """Every base obeys its interface, and quantizes better with more bits."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_error_falls_with_bits(name: str) -> None:
         for bits in BASES[name].bits
     ]
     # a bit more divides the squared error by about 4
-    assert all(later < 0.5 * earlier for earlier, later in zip(errors, errors[1:], strict=False)), errors
+    assert all(later < 0.5 * earlier for earlier, later in itertools.pairwise(errors)), errors
 
 
 @pytest.mark.parametrize(("name", "bits"), _all_bases())

@@ -39,9 +39,7 @@ def _convert(source: Path, out: Path, **choices):  # type: ignore[no-untyped-def
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
 @pytest.mark.parametrize(("base", "bits"), [("squeezellm", 3), ("rtn", 4)])
-def test_checkpoint_reproduces_the_quantized_model(
-    tmp_path: Path, architecture: str, base: str, bits: int
-) -> None:
+def test_checkpoint_reproduces_the_quantized_model(tmp_path: Path, architecture: str, base: str, bits: int) -> None:
     source = tiny.save(tmp_path / "in", architecture)
     lm, conversion = _convert(source, tmp_path / "out", base=base, bits=bits)
     tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -103,7 +101,9 @@ def test_detaching_lowers_the_calibration_loss(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "in")
     loss = {}
     for selection in ("requant", "base", "random"):
-        _, conversion = _convert(source, tmp_path / selection, bits=2, selection=selection, outliers=0.0, significant=0.02)
+        _, conversion = _convert(
+            source, tmp_path / selection, bits=2, selection=selection, outliers=0.0, significant=0.02
+        )
         loss[selection] = conversion.report["calibration_loss"]
     assert loss["requant"] < loss["random"]
 
@@ -133,7 +133,7 @@ def test_plan_predicts_the_size(tmp_path: Path) -> None:
 
 def test_mixture_of_experts_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     tiny.save(tmp_path / "in", "mixtral")
-    with pytest.raises(ModelError, match="not an nn.Linear"):
+    with pytest.raises(ModelError, match=r"not an nn.Linear"):
         plan(skeleton(str(tmp_path / "in")), Recipe())
 
 
@@ -180,7 +180,12 @@ def test_impossible_recipes_name_the_flag(choice: dict[str, object], flag: str) 
 
 def _file_calibration(path: Path, **size: int) -> torch.Tensor:
     return load_calibration(
-        str(path), None, tiny.tokenizer(), num_samples=size["n"], seq_len=size["len"], seed=size.get("seed", 0)
+        str(path),
+        None,
+        tiny.tokenizer(),
+        num_samples=size["n"],
+        seq_len=size["len"],
+        seed=size.get("seed", 0),
     ).tokens
 
 
@@ -208,7 +213,10 @@ def test_calibration_windows_do_not_overlap(tmp_path: Path) -> None:
     text.write_text("".join(chr(33 + i // 10 % 90) for i in range(900)))
     tokens = _file_calibration(text, n=9, len=100)
     assert len(set(map(tuple, tokens.tolist()))) == 9
-    assert torch.equal(tokens.flatten().sort().values, torch.tensor(tiny.tokenizer()(text.read_text()).input_ids).sort().values)
+    assert torch.equal(
+        tokens.flatten().sort().values,
+        torch.tensor(tiny.tokenizer()(text.read_text()).input_ids).sort().values,
+    )
 
 
 def test_self_calibration_is_reproducible_and_seeded() -> None:

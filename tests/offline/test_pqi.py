@@ -79,9 +79,7 @@ def test_score_is_the_definition(setting) -> None:  # type: ignore[no-untyped-de
     weight = layers[name].weight
     expected = torch.zeros_like(weight)
     for t in (0.25, 0.75):
-        moved = {
-            n: layer.weight.data + t * (quantized[n] - layer.weight.data) for n, layer in layers.items()
-        }
+        moved = {n: layer.weight.data + t * (quantized[n] - layer.weight.data) for n, layer in layers.items()}
         with pqi.weights_replaced(layers, moved):
             for row in tokens:
                 weight.requires_grad_(True)
@@ -107,7 +105,7 @@ def test_model_is_left_as_it_was(setting) -> None:  # type: ignore[no-untyped-de
 def test_fisher_is_the_sum_of_squared_sequence_gradients(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, _, tokens = setting
     fisher = pqi.fisher_information(model, layers, tokens)
-    name = list(layers)[0]
+    name = next(iter(layers))
     one_by_one = [pqi.fisher_information(model, layers, row[None])[name] for row in tokens]
     torch.testing.assert_close(fisher[name], sum(one_by_one))
     together = (pqi.integrate(model, layers, {n: la.weight + 1 for n, la in layers.items()}, tokens, nodes=1)).gradient

@@ -101,7 +101,9 @@ def test_detach_spends_the_budget_once_each_and_measures_anew() -> None:
     assert counts == [5, 38, 71, 105]
     assert (masks["a"] | ~outlier["a"]).all()
     # the first round's choice is the top of the first integral over both layers
-    score = torch.cat([(gradients[0][name] * delta[name]).abs().masked_fill(outlier[name], -1).flatten() for name in delta])
+    score = torch.cat(
+        [(gradients[0][name] * delta[name]).abs().masked_fill(outlier[name], -1).flatten() for name in delta]
+    )
     chosen = torch.cat([(seen[1][name] & ~outlier[name]).flatten() for name in delta])
     assert score[chosen].min() >= score[~chosen].max()
     assert not outlier["b"].any(), "the caller's masks are not changed"

@@ -1,8 +1,8 @@
 """Greedy token ids from vLLM's offline engine, in a process of its own.
 
-Usage: ``python offline_generate.py JOBS_JSON``, a list of ``{"folder", "prompts", "options"}`` where the
-options are those of ``vllm.LLM``. The models are served one after another, because importing vLLM takes longer than
-serving a tiny model. The last line of the output is the JSON list of the jobs' lists of token id lists.
+Usage: ``python offline_generate.py JOBS_JSON``, a list of ``{"folder", "prompts", "options"}``; options go to
+``vllm.LLM``. The models are served one after another, because importing vLLM takes longer than serving a tiny
+model. The last line of the output is the JSON list of the jobs' lists of token id lists.
 """
 
 import json

@@ -52,9 +52,7 @@ def write_checkpoint(folder: Path, model: LlamaForCausalLM, layers: dict[str, Qu
     others = {name: tensor for name, tensor in model.state_dict().items() if name not in named}
     config = CheckpointConfig(layers={name: layer.spec for name, layer in layers.items()})
     folder.mkdir()
-    write_tensors(
-        folder, model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, config, layers, others
-    )
+    write_tensors(folder, model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, config, layers, others)
 
 
 def expected_tokens(model: LlamaForCausalLM) -> list[list[int]]:
@@ -71,9 +69,7 @@ def vllm_tokens(*jobs: tuple[Path, dict[str, object]]) -> list[list[list[int]]]:
     """The tokens of each ``(folder, options of vllm.LLM)``."""
     # float32: in 16 bits a rounding can decide between two tokens
     settings = {"dtype": "float32", "enforce_eager": True}
-    arguments = [
-        {"folder": str(folder), "prompts": PROMPTS, "options": settings | options} for folder, options in jobs
-    ]
+    arguments = [{"folder": str(folder), "prompts": PROMPTS, "options": settings | options} for folder, options in jobs]
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline_generate.py")), json.dumps(arguments)],
         capture_output=True,

@@ -28,9 +28,7 @@ def column(layer: QuantizedLayer, rows: int = 64) -> ColumnParallelLinear:
 
 
 def merged(config) -> MergedColumnParallelLinear:
-    return MergedColumnParallelLinear(
-        HIDDEN, [64, 64], bias=False, quant_config=config, prefix="m.gate_up_proj"
-    )
+    return MergedColumnParallelLinear(HIDDEN, [64, 64], bias=False, quant_config=config, prefix="m.gate_up_proj")
 
 
 @pytest.mark.parametrize("missing", random_layer(64, HIDDEN, **SPARSE).tensors)
@@ -90,9 +88,7 @@ def test_fused_tensor_where_siblings_are_expected():
 def test_unaligned_row_split(as_rank, features, allowed):
     as_rank(3, 4)
     layer = random_layer(64, features, **FORMATS["uniform4"])
-    with pytest.raises(
-        ValueError, match=f"^r: its {features} input features.* over 4 .* multiple of 32.*{allowed}"
-    ):
+    with pytest.raises(ValueError, match=f"^r: its {features} input features.* over 4 .* multiple of 32.*{allowed}"):
         RowParallelLinear(features, 64, bias=False, quant_config=quant_config({"r": layer}), prefix="r")
 
 
@@ -111,9 +107,7 @@ def test_partly_quantized_fused_layer():
     config = quant_config(
         {"a.q_proj": random_layer(64, HIDDEN, **SPARSE)}, {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     )
-    with pytest.raises(
-        ValueError, match=r"does not quantize a.k_proj, a.v_proj; quantize all of them or none"
-    ):
+    with pytest.raises(ValueError, match=r"does not quantize a.k_proj, a.v_proj; quantize all of them or none"):
         QKVParallelLinear(HIDDEN, 16, 4, bias=False, quant_config=config, prefix="a.qkv_proj")
 
 
@@ -127,9 +121,7 @@ def test_named_layer_that_no_module_asks_for():
     layer = random_layer(64, HIDDEN, **SPARSE)
     config = quant_config({"c": layer, "model.layers.0.self_attn.o_proj": layer})
     module = ColumnParallelLinear(HIDDEN, 64, bias=False, quant_config=config, prefix="c")
-    with pytest.raises(
-        ValueError, match=r"1 quantized layers.*no quantizable module.*layers.0.self_attn.o_proj"
-    ):
+    with pytest.raises(ValueError, match=r"1 quantized layers.*no quantizable module.*layers.0.self_attn.o_proj"):
         load(module, {None: layer})
 
 

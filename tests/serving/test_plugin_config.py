@@ -49,9 +49,7 @@ def test_layers_are_renamed_as_the_model_renames_its_modules():
     from vllm.model_executor.models.utils import WeightsMapper
 
     config = quant_config({"model.language_model.layers.0.mlp.down_proj": LAYER, "lm_head": LAYER})
-    config.apply_vllm_mapper(
-        WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."})
-    )
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}))
     assert set(config.layers) == {"language_model.model.layers.0.mlp.down_proj", "lm_head"}
     with pytest.raises(ValueError, match="maps two quantized layers to one name"):
         config.apply_vllm_mapper(WeightsMapper(orig_to_new_regex={__import__("regex").compile(".*"): "x"}))

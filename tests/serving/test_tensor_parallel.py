@@ -84,9 +84,7 @@ def test_prefused_qkv(as_rank, tp, fmt):
 
 
 def merged(config, sizes, **kwargs):
-    return MergedColumnParallelLinear(
-        HIDDEN, sizes, bias=False, quant_config=config, prefix="m.gate_up_proj", **kwargs
-    )
+    return MergedColumnParallelLinear(HIDDEN, sizes, bias=False, quant_config=config, prefix="m.gate_up_proj", **kwargs)
 
 
 def gather(outputs: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
@@ -167,9 +165,7 @@ def test_column_parallel_with_bias(as_rank, tp, fmt):
     outputs = outputs_per_rank(
         as_rank,
         tp,
-        lambda config: with_bias(
-            ColumnParallelLinear(HIDDEN, 96, bias=True, quant_config=config, prefix="c"), bias
-        ),
+        lambda config: with_bias(ColumnParallelLinear(HIDDEN, 96, bias=True, quant_config=config, prefix="c"), bias),
         {None: layer},
         {"c": layer},
     )
@@ -201,12 +197,8 @@ def test_replicated_and_disabled_tensor_parallelism(as_rank, tp, fmt):
     layer = random_layer(56, HIDDEN, **fmt)
     for build in (
         lambda config: ReplicatedLinear(HIDDEN, 56, bias=False, quant_config=config, prefix="r"),
-        lambda config: ColumnParallelLinear(
-            HIDDEN, 56, bias=False, quant_config=config, prefix="r", disable_tp=True
-        ),
-        lambda config: RowParallelLinear(
-            HIDDEN, 56, bias=False, quant_config=config, prefix="r", disable_tp=True
-        ),
+        lambda config: ColumnParallelLinear(HIDDEN, 56, bias=False, quant_config=config, prefix="r", disable_tp=True),
+        lambda config: RowParallelLinear(HIDDEN, 56, bias=False, quant_config=config, prefix="r", disable_tp=True),
     ):
         for output in outputs_per_rank(as_rank, tp, build, {None: layer}, {"r": layer}):
             assert_close(output, inputs() @ layer.weight().T)

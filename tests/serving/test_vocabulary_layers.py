@@ -36,9 +36,9 @@ def test_embedding(as_rank, fmt, vocabulary, tp):
     total = 0
     for rank in range(tp):
         as_rank(rank, tp)
-        total = total + load(
-            embedding(quant_config({"model.embed_tokens": layer}), vocabulary), {None: layer}
-        )(ids(vocabulary))
+        total = total + load(embedding(quant_config({"model.embed_tokens": layer}), vocabulary), {None: layer})(
+            ids(vocabulary)
+        )
     assert_close(total, layer.weight()[ids(vocabulary)])
 
 

@@ -3,16 +3,19 @@
 import logging
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .output import command_errors, print_json, set_up_logging, share
 
+if TYPE_CHECKING:
+    from ..format import LayerSpec
+    from ..offline.recipe import Recipe
+
 __all__ = ["command"]
 
 log = logging.getLogger(__name__)
-Share = Annotated[float, typer.Option(parser=share, metavar="SHARE")]
 
 
 def command(
@@ -29,7 +32,8 @@ def command(
     ] = "0.05%",  # type: ignore[assignment]
     rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached.")] = 2,
     selection: Annotated[
-        str, typer.Option(help="Who picks the sparse positions: requant, base (its own rule), random (control).")
+        str,
+        typer.Option(help="Who picks the sparse positions: requant, base (its own rule), random (control)."),
     ] = "requant",
     lm_head_bits: Annotated[int, typer.Option(help="8 or 4 quantizes the output head (rtn); 16 leaves it.")] = 16,
     calibration_dataset: Annotated[
@@ -82,12 +86,29 @@ def command(
             _show(planned | {"dry_run": True, "model": model}, as_json)
             return
         result = _convert(
-            model, output, recipe, calibration_dataset, dtype, revision, overwrite, max_shard_size
+            model,
+            output,
+            recipe,
+            dataset=calibration_dataset,
+            dtype=dtype,
+            revision=revision,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
         )
         _show(result, as_json)
 
 
-def _convert(model, output, recipe, dataset, dtype, revision, overwrite, max_shard_size):  # type: ignore[no-untyped-def]
+def _convert(
+    model: str,
+    output: Path,
+    recipe: "Recipe",
+    *,
+    dataset: str,
+    dtype: str,
+    revision: str | None,
+    overwrite: bool,
+    max_shard_size: str,
+) -> dict[str, Any]:
     from ..offline.calibration import load_calibration
     from ..offline.models import load_causal_lm
     from ..offline.pipeline import convert
@@ -107,9 +128,7 @@ def _convert(model, output, recipe, dataset, dtype, revision, overwrite, max_sha
             seed=recipe.seed,
         )
     conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None)
-    config = save(
-        output, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size
-    )
+    config = save(output, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
     report = conversion.report
     return {
         "output": str(output),
@@ -127,7 +146,7 @@ def _convert(model, output, recipe, dataset, dtype, revision, overwrite, max_sha
     }
 
 
-def _describe_plan(specs):  # type: ignore[no-untyped-def]
+def _describe_plan(specs: "dict[str, LayerSpec]") -> dict[str, Any]:
     from ..format import CheckpointConfig
 
     config = CheckpointConfig(layers=specs)
@@ -140,7 +159,7 @@ def _describe_plan(specs):  # type: ignore[no-untyped-def]
     }
 
 
-def _show(result, as_json):  # type: ignore[no-untyped-def]
+def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
@@ -154,4 +173,6 @@ def _show(result, as_json):  # type: ignore[no-untyped-def]
             f"ΔF {integral['stage']}: predicted {integral['predicted']:.5f}, actual {integral['actual']:.5f} "
             f"({100 * integral['relative_error']:.2f} % off)"
         )
-    typer.echo(f"wrote {result['output']} in {result['seconds']:.0f} s; serve it with: requant serve {result['output']}")
+    typer.echo(
+        f"wrote {result['output']} in {result['seconds']:.0f} s; serve it with: requant serve {result['output']}"
+    )

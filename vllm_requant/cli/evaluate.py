@@ -13,7 +13,8 @@ __all__ = ["command"]
 def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A ReQuant checkpoint.")],
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: adds KL divergence and top-1 agreement.")
+        str | None,
+        typer.Option(metavar="MODEL", help="The original: adds KL divergence and top-1 agreement."),
     ] = None,
     dataset: Annotated[
         str, typer.Option(help="Text or JSONL file, Hub data set, or python-docs (built in, no network).")
@@ -47,7 +48,12 @@ def command(
         model = hf.load_dequantized(folder)
         reference = load_causal_lm(against).model if against is not None else None
         scores = compare(model, windows, reference)
-        result: dict[str, Any] = {"folder": str(folder), "against": against, **scores, "conditions": conditions}
+        result: dict[str, Any] = {
+            "folder": str(folder),
+            "against": against,
+            **scores,
+            "conditions": conditions,
+        }
         if as_json:
             print_json(result)
         else:

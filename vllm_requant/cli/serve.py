@@ -25,9 +25,7 @@ def command(
     set_up_logging()
     with command_errors():
         if importlib.util.find_spec("vllm") is None:
-            raise OSError(
-                "vLLM is not installed; install vllm-requant with the extra 'cpu' or 'cuda' (see README.md)"
-            )
+            raise OSError("vLLM is not installed; install vllm-requant with the extra 'cpu' or 'cuda' (see README.md)")
         if Path(model).exists() or model.startswith((".", "/", "~")):
             from ..format.reader import Checkpoint
 

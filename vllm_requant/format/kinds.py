@@ -65,9 +65,7 @@ def _dequantize_uniform(spec: UniformSpec, tensors: Tensors) -> Tensor:
     )
 
 
-def _slice_uniform(
-    spec: UniformSpec, tensors: Tensors, start: int, stop: int
-) -> tuple[UniformSpec, dict[str, Tensor]]:
+def _slice_uniform(spec: UniformSpec, tensors: Tensors, start: int, stop: int) -> tuple[UniformSpec, dict[str, Tensor]]:
     # a group that the border cuts becomes two with the same scale and zero point
     group = math.gcd(spec.group_size, start)
     if stop != spec.in_features:
@@ -80,9 +78,7 @@ def _slice_uniform(
     width = stop - start
     first = torch.arange(start, stop, group) // spec.group_size
     zeros = unpack_codes(tensors["qzeros"], spec.bits, spec.groups)[:, first]
-    sliced = UniformSpec(
-        bits=spec.bits, group_size=group, in_features=width, out_features=spec.out_features
-    )
+    sliced = UniformSpec(bits=spec.bits, group_size=group, in_features=width, out_features=spec.out_features)
     return sliced, {
         "qweight": _slice_codes(tensors["qweight"], spec.bits, spec.in_features, start, stop),
         "scales": tensors["scales"][:, first].contiguous(),

@@ -29,7 +29,12 @@ class QuantizedLayer:
 
     @classmethod
     def build(
-        cls, spec: LayerSpec, dense: Mapping[str, Tensor], *, weight: Tensor | None = None, mask: Tensor | None = None
+        cls,
+        spec: LayerSpec,
+        dense: Mapping[str, Tensor],
+        *,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> "QuantizedLayer":
         """Join a dense part with the residual of ``weight`` at the positions of ``mask``.
 
@@ -45,7 +50,10 @@ class QuantizedLayer:
             raise ValueError("a sparse part needs the full-precision weight")
         residual = weight.float() - KINDS[spec.kind].dequantize(spec, dense)
         csr = Csr.from_mask(mask, residual, spec.index_dtype)
-        return cls(spec.model_copy(update={"nnz": csr.nnz}), dict(dense) | dict(zip(SPARSE_TENSORS, csr, strict=True)))
+        return cls(
+            spec.model_copy(update={"nnz": csr.nnz}),
+            dict(dense) | dict(zip(SPARSE_TENSORS, csr, strict=True)),
+        )
 
     @property
     def sparse(self) -> Csr | None:
@@ -61,9 +69,7 @@ class QuantizedLayer:
         weight = self.dense_weight()
         return weight if self.sparse is None else reference.add_sparse_(weight, *self.sparse)
 
-    def slice(
-        self, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
-    ) -> "QuantizedLayer":
+    def slice(self, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> "QuantizedLayer":
         """The block ``rows × columns`` (half-open ranges, None for all) as a layer of its own.
 
         Raises:

@@ -16,7 +16,14 @@ from .errors import ReQuantFormatError
 from .layer import QuantizedLayer
 from .schema import SAFETENSORS_DTYPES, CheckpointConfig, parse_config
 
-__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_FILE_NAME", "Checkpoint", "check_headers", "read_model_config"]
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "SINGLE_FILE_NAME",
+    "Checkpoint",
+    "check_headers",
+    "read_model_config",
+]
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,7 +47,8 @@ def read_model_config(folder: Path) -> tuple[dict[str, Any], CheckpointConfig]:
     entry = model_config.get("quantization_config")
     if not isinstance(entry, dict):
         raise ReQuantFormatError(
-            "has no quantization_config: the model is not quantized; convert it with 'requant convert'", file=path
+            "has no quantization_config: the model is not quantized; convert it with 'requant convert'",
+            file=path,
         )
     return model_config, parse_config(entry, file=str(path))
 
@@ -133,9 +141,7 @@ class Checkpoint:
         return total - self.config.nbytes - self._header_nbytes()
 
     def _header_nbytes(self) -> int:
-        return sum(
-            8 + int.from_bytes(path.open("rb").read(8), "little") for path in set(self._files.values())
-        )
+        return sum(8 + int.from_bytes(path.open("rb").read(8), "little") for path in set(self._files.values()))
 
     def _read(self, name: str) -> Tensor:
         with _open(self._files[name]) as shard:

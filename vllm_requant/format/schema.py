@@ -27,8 +27,8 @@ __all__ = [
     "parse_config",
 ]
 
-FORMAT_VERSION = 1
-QUANT_METHOD = "requant"
+FORMAT_VERSION: Literal[1] = 1
+QUANT_METHOD: Literal["requant"] = "requant"
 SPARSE_TENSORS = ("sparse_indptr", "sparse_indices", "sparse_values")
 SAFETENSORS_DTYPES = {
     torch.uint8: "U8",

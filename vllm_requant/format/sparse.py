@@ -12,7 +12,7 @@ __all__ = ["Csr"]
 
 
 class Csr(NamedTuple):
-    """A sparse matrix with ``indptr`` int32 ``[rows + 1]``, ``indices`` uint16 or int32, ``values`` float16 ``[nnz]``."""
+    """``indptr`` int32 ``[rows + 1]``, ``indices`` uint16 or int32 ``[nnz]``, ``values`` float16 ``[nnz]``."""
 
     indptr: Tensor
     indices: Tensor
@@ -45,9 +45,7 @@ class Csr(NamedTuple):
         index = self.indices[low:high].to(torch.int64)
         keep = (index >= columns[0]) & (index < columns[1])
         counts = torch.bincount(row[keep], minlength=rows[1] - rows[0])
-        return Csr(
-            _indptr(counts), (index[keep] - columns[0]).to(index_dtype), self.values[low:high][keep].clone()
-        )
+        return Csr(_indptr(counts), (index[keep] - columns[0]).to(index_dtype), self.values[low:high][keep].clone())
 
     def check(self, rows: int, columns: int, *, name: str, file: str | None = None) -> None:
         """Enforce the rules of SPEC.md, section 4, in O(rows + nnz), before anything is indexed.

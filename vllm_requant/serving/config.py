@@ -72,9 +72,7 @@ class RequantConfig(QuantizationConfig):
         """
         return cls(parse_config(config))
 
-    def maybe_update_config(
-        self, model_name: str, hf_config: Any = None, revision: str | None = None
-    ) -> None:
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Hold a local checkpoint's file headers against the configuration before anything is allocated.
 
         Raises:
@@ -93,9 +91,7 @@ class RequantConfig(QuantizationConfig):
         """
         renamed = hf_to_vllm_mapper.apply_dict(self.layers)
         if len(renamed) != len(self.layers):
-            raise ValueError(
-                "the model class maps two quantized layers to one name; it cannot serve this checkpoint"
-            )
+            raise ValueError("the model class maps two quantized layers to one name; it cannot serve this checkpoint")
         self.layers = renamed
         self._claimed = set(hf_to_vllm_mapper.apply_list(list(self._claimed)))
 
@@ -130,9 +126,7 @@ class RequantConfig(QuantizationConfig):
         """
         unclaimed = sorted(self.layers.keys() - self._claimed)
         if unclaimed and not self._pipeline_parallel:
-            shown = ", ".join(unclaimed[:_NAMES_IN_MESSAGE]) + (
-                ", …" if len(unclaimed) > _NAMES_IN_MESSAGE else ""
-            )
+            shown = ", ".join(unclaimed[:_NAMES_IN_MESSAGE]) + (", …" if len(unclaimed) > _NAMES_IN_MESSAGE else "")
             raise ValueError(
                 f"{len(unclaimed)} quantized layers of the checkpoint have no quantizable module "
                 f"in vLLM's model: {shown}"
@@ -183,8 +177,7 @@ class RequantConfig(QuantizationConfig):
         ]
         if len(fitting) > 1:
             raise ValueError(
-                f"vLLM builds a token embedding of {list(shape)} without a name, "
-                f"and {', '.join(fitting)} would all fit"
+                f"vLLM builds a token embedding of {list(shape)} without a name, and {', '.join(fitting)} would all fit"
             )
         return fitting[0] if fitting else ""
 

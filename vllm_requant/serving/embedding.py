@@ -86,7 +86,7 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
                 parts.append(zero_layer(self.spec, padding))
         self.segments = install_segments(layer, parts, device)
 
-    def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Rows of the token ids: int64 ``[...]`` to ``[..., hidden]`` in the layer's ``params_dtype``."""
         (segment,) = self.segments
         return kernels.embedding(

@@ -41,9 +41,7 @@ def concat_rows(layers: Sequence[QuantizedLayer]) -> QuantizedLayer:
     nnz = sum(layer.spec.nnz for layer in layers)
     if nnz > torch.iinfo(torch.int32).max:
         raise ValueError(f"{nnz} sparse elements in one stacked layer exceed int32 row pointers")
-    spec = first.spec.model_copy(
-        update={"out_features": sum(layer.spec.out_features for layer in layers), "nnz": nnz}
-    )
+    spec = first.spec.model_copy(update={"out_features": sum(layer.spec.out_features for layer in layers), "nnz": nnz})
     tensors = {name: torch.cat([layer.tensors[name] for layer in layers]) for name in spec.dense_tensors()}
     if nnz:
         indptr = [torch.zeros(1, dtype=torch.int32)]
@@ -91,9 +89,7 @@ def synthetic_layer(spec: LayerSpec) -> QuantizedLayer:
             "qzeros": zeros.expand(rows, -1).contiguous(),
         }
     if spec.nnz:
-        tensors |= dict(
-            zip(SPARSE_TENSORS, _even_csr(rows, columns, spec.nnz, spec.index_dtype), strict=True)
-        )
+        tensors |= dict(zip(SPARSE_TENSORS, _even_csr(rows, columns, spec.nnz, spec.index_dtype), strict=True))
     return QuantizedLayer(spec, tensors)
 
 

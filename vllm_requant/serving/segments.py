@@ -80,9 +80,7 @@ def segment_weights(layer: torch.nn.Module, segment: Segment) -> dict[str, Tenso
     return {name: getattr(layer, attribute) for name, attribute in segment.names}
 
 
-def segments_linear(
-    layer: torch.nn.Module, segments: Sequence[Segment], x: Tensor, bias: Tensor | None
-) -> Tensor:
+def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tensor, bias: Tensor | None) -> Tensor:
     """``x · Wᵀ + bias``.
 
     Args:
@@ -105,6 +103,4 @@ def segments_linear(
 @cache
 def _log_kernel(kind: str, device_type: str) -> None:
     """Say once per process which kernel serves a kind."""
-    logger.info(
-        "ReQuant %s layers run through %s", kind, kernels.kernel_path(kind, torch.device(device_type))
-    )
+    logger.info("ReQuant %s layers run through %s", kind, kernels.kernel_path(kind, torch.device(device_type)))

@@ -1,0 +1,110 @@
+"""The real model, converted once, and real servers."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import torch
+
+from deploy.demo import REQUANT, free_port, start_server, stop, wait_until_healthy
+from vllm_requant.offline.calibration import load_calibration
+from vllm_requant.offline.models import CausalLM, load_causal_lm
+from vllm_requant.offline.pipeline import Conversion, convert
+from vllm_requant.offline.recipe import Recipe
+from vllm_requant.offline.save import save
+
+RECIPE = Recipe(bits=4, num_samples=4, seq_len=192)
+
+
+@pytest.fixture(scope="session")
+def original() -> CausalLM:
+    """SmolLM2-135M-Instruct; `make test` says where it lies."""
+    path = os.environ.get("REQUANT_TEST_MODEL")
+    if not path:
+        pytest.skip("REQUANT_TEST_MODEL names no model; `make test` sets it")
+    return load_causal_lm(path)
+
+
+@pytest.fixture(scope="session")
+def original_folder(original: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original as a bfloat16 Hugging Face folder, for serving it beside the checkpoint."""
+    folder = tmp_path_factory.mktemp("original")
+    original.tokenizer.save_pretrained(folder)
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in original.model.state_dict().items()}
+    original.model.save_pretrained(folder, state_dict=state)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    return folder
+
+
+@dataclass(frozen=True)
+class Converted:
+    folder: Path
+    conversion: Conversion
+
+
+@pytest.fixture(scope="session")
+def converted(original: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """The default recipe with little calibration."""
+    calibration = load_calibration(
+        "self",
+        original.model,
+        original.tokenizer,
+        num_samples=RECIPE.num_samples,
+        seq_len=RECIPE.seq_len,
+        seed=RECIPE.seed,
+    )
+    conversion = convert(original, RECIPE, calibration.tokens)
+    folder = tmp_path_factory.mktemp("converted") / "checkpoint"
+    save(folder, original, RECIPE, calibration, conversion, overwrite=False)
+    return Converted(folder, conversion)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        client: the official OpenAI client, connected to it.
+        pid: its process; the engine and the workers are descendants.
+        log: what it printed.
+    """
+
+    client: openai.OpenAI
+    pid: int
+    log: Path
+
+    def anonymous_bytes(self) -> int:
+        """Resident memory of all its processes that is no mapped file."""
+        root = psutil.Process(self.pid)
+        total = 0
+        for process in [root, *root.children(recursive=True)]:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            total += 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+        return total
+
+
+@contextmanager
+def serve(folder: Path, log: Path, *flags: str, plugin: bool = True, **environment: str) -> Iterator[Server]:
+    """vLLM's own server on ``folder``; without ``plugin`` nothing of ours is on its command line."""
+    port = free_port()
+    if plugin:
+        command = [*REQUANT, "serve", str(folder)]
+    else:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
+    command += ["--max-model-len", "512", "--enforce-eager", *flags]
+    process = start_server(command, log, **environment)
+    try:
+        wait_until_healthy(process, port, log)
+        client: Any = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
+        yield Server(client, process.pid, log)
+    finally:
+        stop(process)
