@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import cpu
 from .bitstream import unpack_codes
-from .cpu import KernelsUnavailableError
+from .native import NativeCodeError
 from .ops import FUSED_BATCH
 
-__all__ = ["FUSED_BATCH", "KernelsUnavailableError", "embedding", "kernel_path", "linear", "repack"]
+__all__ = ["FUSED_BATCH", "NativeCodeError", "embedding", "kernel_path", "linear", "repack"]
 
 _DENSE = {"uniform": ("qweight", "scales", "qzeros"), "lut": ("qweight", "lookup_table")}
 _SPARSE = ("sparse_indptr", "sparse_indices", "sparse_values")
@@ -58,7 +58,7 @@ def repack(
 
     Raises:
         ValueError: unknown kind, or a tensor is missing.
-        KernelsUnavailableError: the native kernels are not built (CPU only).
+        NativeCodeError: the native kernels are not built (CPU only).
     """
     names = _names(kind)
     missing = [name for name in _DENSE[kind] if name not in tensors]
@@ -105,7 +105,7 @@ def linear(kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, gr
     Raises:
         ValueError: unknown kind, or the weight has other dimensions.
         TypeError: ``x`` has another dtype.
-        KernelsUnavailableError: the native kernels are not built (CPU only).
+        NativeCodeError: the native kernels are not built (CPU only).
     """
     tensors = [weights[name] for name in _names(kind)]
     if kind == "uniform":
@@ -136,7 +136,7 @@ def embedding(
 
     Raises:
         IndexError: an id lies outside (on the CPU).
-        ValueError, TypeError, KernelsUnavailableError: as in :func:`linear`.
+        ValueError, TypeError, NativeCodeError: as in :func:`linear`.
     """
     tensors = [weights[name] for name in _names(kind)]
     if kind == "uniform":
@@ -151,7 +151,7 @@ def kernel_path(kind: str, device: torch.device | str) -> str:
 
     Raises:
         ValueError: unknown kind.
-        KernelsUnavailableError: the native kernels are not built (CPU only).
+        NativeCodeError: the native kernels are not built (CPU only).
     """
     _names(kind)
     return f"cpu-{cpu.isa()}" if torch.device(device).type == "cpu" else "torch-reference"

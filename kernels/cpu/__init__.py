@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..native import HOW_TO_BUILD, NativeCodeError, open_library
+
 __all__ = [
     "ISA_NAMES",
-    "KernelsUnavailableError",
     "Weights",
     "dequantize",
     "isa",
@@ -41,35 +42,16 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
 """Run-time codes, scales or tables, zero points, and indptr, indices, values of the sparse part."""
 
 
-class KernelsUnavailableError(ImportError):
-    """The shared object with the CPU kernels is missing or does not load."""
-
-
-_HOW_TO_BUILD = "build it with `pip install .` or `pip install -e .` (g++ must be installed)"
-
-
-def _find() -> Path:
-    found = sorted(Path(__file__).parent.glob("_kernels*.so"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise KernelsUnavailableError(
-            f"the CPU kernels of vllm-requant are not built (no _kernels*.so in {Path(__file__).parent}): "
-            f"{_HOW_TO_BUILD}"
-        )
-    return found[-1]
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded shared object with its argument types set.
 
     Raises:
-        KernelsUnavailableError: it is missing or does not load; the message says how to build it.
+        NativeCodeError: it is missing or does not load; the message says how to build it.
         ValueError: ``REQUANT_CPU_ISA`` names no instruction set.
     """
-    path = _find()
+    native = open_library(Path(__file__).parent, "_kernels")
     try:
-        # torch, imported above, has loaded libgomp: the kernels bind to that copy and hence to its threads
-        native = ctypes.CDLL(str(path))
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         weights = (number, number, size, size, size, *(5 * (pointer,)), number, pointer)
         native.requant_isa.argtypes = []
@@ -81,8 +63,8 @@ def library() -> ctypes.CDLL:
         native.requant_dequantize.argtypes = (*weights, number, pointer, size, size, pointer)
         native.requant_read.argtypes = [pointer, size, number]
         native.requant_read.restype = ctypes.c_uint64
-    except (OSError, AttributeError) as error:
-        raise KernelsUnavailableError(f"{path} does not load ({error}): {_HOW_TO_BUILD}") from error
+    except AttributeError as error:
+        raise NativeCodeError(f"the built CPU kernels are of another version ({error}): {HOW_TO_BUILD}") from error
     cap = os.environ.get("REQUANT_CPU_ISA")
     if cap:
         if cap not in ISA_NAMES:

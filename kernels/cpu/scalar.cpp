@@ -27,7 +27,8 @@ struct Scalar {
     }
     static REQUANT_INLINE void store(float* p, const vec& value) { __builtin_memcpy(p, &value, sizeof value); }
     static REQUANT_INLINE vec fma(const vec& a, const vec& b, const vec& c) { return c + a * b; }
-    static float sum(vec value) {
+    static float sum(const vec& in) {
+        vec value = in;
         for (int half = 8; half; half /= 2)
             for (int i = 0; i < half; ++i) value[i] += value[i + half];
         return value[0];

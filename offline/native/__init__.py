@@ -4,31 +4,20 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401  (first, so that both share one OpenMP runtime)
+from vllm_requant.kernels.native import open_library
 
 __all__ = ["library"]
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The shared object beside this file.
+    """The shared object beside this file with its argument types set.
 
     Raises:
-        ImportError: it was not built.
+        NativeCodeError: it was not built.
     """
-    built = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not built:
-        raise ImportError(
-            "the converter's native code is not built; run 'pip install .' (or -e .) with a C++ compiler installed"
-        )
-    loaded = ctypes.CDLL(str(built[0]))
-    loaded.requant_kmeans_rows.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-    ]
-    loaded.requant_kmeans_rows.restype = None
-    return loaded
+    native = open_library(Path(__file__).parent, "_native")
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    native.requant_kmeans_rows.argtypes = [pointer, pointer, size, size, ctypes.c_int32, pointer]
+    native.requant_kmeans_rows.restype = None
+    return native

@@ -1,6 +1,5 @@
 """What surrounds the products: run-time layout, other devices, tracing, loading the native code, errors."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,7 +152,7 @@ def test_missing_or_broken_native_code_says_how_to_build_it(
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "__init__.py"))
     cpu.library.cache_clear()
     try:
-        with pytest.raises(kernels.KernelsUnavailableError, match=r"pip install \."):
+        with pytest.raises(kernels.NativeCodeError, match=r"pip install \."):
             kernels.kernel_path("lut", "cpu")
     finally:
         monkeypatch.undo()
@@ -162,26 +161,29 @@ def test_missing_or_broken_native_code_says_how_to_build_it(
     assert kernels.kernel_path("lut", "cuda") == "torch-reference"
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
-
-
-def test_environment_caps_the_instruction_set() -> None:
-    code = "from vllm_requant import kernels as k; print(k.kernel_path('uniform', 'cpu'))"
-    assert python(code, REQUANT_CPU_ISA="scalar").stdout.strip() == "cpu-scalar"
-    wrong = python(code, REQUANT_CPU_ISA="sse9")
-    assert wrong.returncode and "REQUANT_CPU_ISA is 'sse9'" in wrong.stderr
+def test_environment_caps_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cpu.library().requant_isa()
+    try:
+        for name, found in (("scalar", "cpu-scalar"), ("avx2", f"cpu-{cpu.ISA_NAMES[min(before, 1)]}")):
+            monkeypatch.setenv("REQUANT_CPU_ISA", name)
+            cpu.library.cache_clear()
+            assert kernels.kernel_path("uniform", "cpu") == found
+            # the cap is set once: a later change is for the next process
+            monkeypatch.setenv("REQUANT_CPU_ISA", "sse9")
+            assert kernels.kernel_path("uniform", "cpu") == found
+            cpu.library().requant_set_isa(before)
+        cpu.library.cache_clear()
+        with pytest.raises(ValueError, match="REQUANT_CPU_ISA is 'sse9'"):
+            kernels.kernel_path("uniform", "cpu")
+    finally:
+        monkeypatch.undo()
+        cpu.library.cache_clear()
+        cpu.library().requant_set_isa(before)
 
 
 def test_fresh_process() -> None:
     """Imports torch alone, registers once however often it is imported, and shares torch's OpenMP runtime."""
-    done = python(
+    code = (
         "import gc, importlib, sys\n"
         "import vllm_requant.kernels as k\n"
         "heavy = {'vllm', 'pydantic', 'transformers', 'vllm_requant.format'} & set(sys.modules)\n"
@@ -198,5 +200,6 @@ def test_fresh_process() -> None:
         "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split()[-1]}\n"
         "print(len({m for m in maps if 'gomp' in m or 'iomp' in m}))\n"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "1", done.stdout

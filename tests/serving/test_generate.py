@@ -114,10 +114,16 @@ def test_greedy_tokens_are_those_of_the_dequantized_model(tmp_path):
     # for dummy weights the configuration must be enough
     shutil.copytree(tmp_path / "own", tmp_path / "dummy", ignore=shutil.ignore_patterns("*.safetensors"))
     results = vllm_tokens(
-        (tmp_path / "own", {}), (tmp_path / "tied", {}), (tmp_path / "dummy", {"load_format": "dummy"})
+        # first: with AMX, vLLM's bfloat16 attention must not depend on what ran before it in the process
+        (tmp_path / "own", {"dtype": "bfloat16"}),
+        (tmp_path / "own", {}),
+        (tmp_path / "tied", {}),
+        (tmp_path / "dummy", {"load_format": "dummy"}),
     )
-    assert results[:2] == [own_head, tied]
-    assert [len(sequence) for sequence in results[2]] == [12] * len(PROMPTS)
+    assert results[1:3] == [own_head, tied]
+    # rounding to 16 bits, and arbitrary weights, leave only the length to be known
+    for tokens in (results[0], results[3]):
+        assert [len(sequence) for sequence in tokens] == [12] * len(PROMPTS)
 
 
 def test_two_tensor_parallel_processes_give_the_same_tokens(tmp_path):

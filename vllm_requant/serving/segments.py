@@ -72,6 +72,8 @@ def install_segments(
             layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
         segments.append(Segment(spec.kind, spec.bits, group, spec.in_features, names))
         _log_kernel(spec.kind, torch.device(device).type)
+    if torch.device(device).type == "cpu":
+        _request_amx()
     return tuple(segments)
 
 
@@ -104,3 +106,14 @@ def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tens
 def _log_kernel(kind: str, device_type: str) -> None:
     """Say once per process which kernel serves a kind."""
     logger.info("ReQuant %s layers run through %s", kind, kernels.kernel_path(kind, torch.device(device_type)))
+
+
+@cache
+def _request_amx() -> None:
+    """Ask the kernel for AMX tiles, once per process, where the CPU has them.
+
+    vLLM's bfloat16 attention uses tiles but leaves the request to oneDNN's matrix products. A model whose every
+    linear layer is quantized makes none, and the first prompt would end in an illegal instruction.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
