@@ -154,7 +154,7 @@ def test_memory_is_what_inspect_predicts(
 def test_tensor_parallel_three_gives_the_same_tokens(
     converted: Converted, tmp_path: Path, expected: Any, float32_tokens: list[list[int]]
 ) -> None:
-    """Nine heads over three ranks, so k and v are split too; float32, because bfloat16 drifts with the order of sums."""
+    """Nine heads over three ranks, so k and v are split too. float32: bfloat16 drifts with the order of sums."""
     flags = ("--dtype", "float32", "--tensor-parallel-size", "3")
     with serve(converted.folder, tmp_path / "tp3.log", *flags, VLLM_CPU_OMP_THREADS_BIND="0|1|1") as server:
         assert [greedy(server.client, ids)[0] for ids, _ in expected] == float32_tokens

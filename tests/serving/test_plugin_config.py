@@ -9,8 +9,8 @@ import torch
 from vllm_layers import FORMATS, quant_config, random_layer
 
 from vllm_requant.format import ReQuantFormatError
+from vllm_requant.format.rows import concat_rows, synthetic_layer, zero_layer
 from vllm_requant.serving import register
-from vllm_requant.serving.rows import concat_rows, synthetic_layer, zero_layer
 
 LAYER = random_layer(64, 128, **FORMATS["uniform3-sparse"])
 

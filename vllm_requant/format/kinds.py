@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.bitstream import pack_codes, unpack_codes
-from .schema import LutSpec, UniformSpec
+from .schema import LayerSpec, LutSpec, UniformSpec
 
 __all__ = ["KINDS", "Kind"]
 
@@ -28,11 +28,13 @@ class Kind(NamedTuple):
         dequantize: ``(spec, tensors) → float32 [out_features, in_features]``.
         slice_columns: ``(spec, tensors, start, stop) → (spec, tensors)`` for that range of input features; the
             new spec has ``nnz`` 0. Raises ``ValueError`` where the kind cannot be cut there.
+        zeros: ``spec → tensors`` of a dense part whose weights are all exactly zero.
     """
 
     check: Callable[[Any, Tensors], tuple[str, str] | None]
     dequantize: Callable[[Any, Tensors], Tensor]
     slice_columns: Callable[[Any, Tensors, int, int], tuple[Any, dict[str, Tensor]]]
+    zeros: Callable[[Any], dict[str, Tensor]]
 
 
 def _pad_bits_set(packed: Tensor, count: int, bits: int) -> bool:
@@ -86,6 +88,17 @@ def _slice_uniform(spec: UniformSpec, tensors: Tensors, start: int, stop: int) -
     }
 
 
+def _blank(spec: LayerSpec) -> dict[str, Tensor]:
+    return {suffix: torch.zeros(shape, dtype=dtype) for suffix, (dtype, shape) in spec.dense_tensors().items()}
+
+
+def _zeros_uniform(spec: UniformSpec) -> dict[str, Tensor]:
+    # code 0 minus zero point 0 is zero under any scale, but a scale must be positive
+    tensors = _blank(spec)
+    tensors["scales"].fill_(1)
+    return tensors
+
+
 def _check_lut(spec: LutSpec, tensors: Tensors) -> tuple[str, str] | None:
     if not torch.isfinite(tensors["lookup_table"]).all():
         return "lookup_table", "an entry is not finite"
@@ -109,6 +122,6 @@ def _slice_lut(spec: LutSpec, tensors: Tensors, start: int, stop: int) -> tuple[
 
 
 KINDS: dict[str, Kind] = {
-    "uniform": Kind(_check_uniform, _dequantize_uniform, _slice_uniform),
-    "lut": Kind(_check_lut, _dequantize_lut, _slice_lut),
+    "uniform": Kind(_check_uniform, _dequantize_uniform, _slice_uniform, _zeros_uniform),
+    "lut": Kind(_check_lut, _dequantize_lut, _slice_lut, _blank),
 }

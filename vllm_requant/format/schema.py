@@ -138,6 +138,11 @@ class LutSpec(_LayerBase):
     kind: Literal["lut"] = "lut"
     bits: Literal[2, 3, 4]
 
+    @property
+    def group_size(self) -> int:
+        """0: no groups, as the kernels say it."""
+        return 0
+
     def dense_tensors(self) -> dict[str, TensorSpec]:
         rows = self.out_features
         return {

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from .. import kernels
 from ..format import LayerSpec
-from .rows import zero_layer
+from ..format.rows import zero_layer
 from .segments import Segment, install_segments, segment_weights, segments_linear
 from .stash import StoredModule, WeightStash
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear
 
 from ..format import LayerSpec
-from .rows import synthetic_layer
+from ..format.rows import synthetic_layer
 from .segments import Segment, install_segments, segments_linear
 from .stash import ShardId, StoredModule, WeightStash
 

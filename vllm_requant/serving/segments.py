@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from .. import kernels
 from ..format import QuantizedLayer
-from .rows import concat_rows, group_size, same_format
+from ..format.rows import concat_rows, same_format
 
 __all__ = ["Segment", "install_segments", "segment_weights", "segments_linear"]
 
@@ -58,19 +58,18 @@ def install_segments(
         with torch.device("cpu"):
             stacked = concat_rows(run)
         spec = stacked.spec
-        group = group_size(spec)
         weights = kernels.repack(
             spec.kind,
             stacked.tensors,
             bits=spec.bits,
-            group_size=group,
+            group_size=spec.group_size,
             in_features=spec.in_features,
             device=device,
         )
         names = tuple((name, f"segment{index}_{name}") for name in weights)
         for name, attribute in names:
             layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
-        segments.append(Segment(spec.kind, spec.bits, group, spec.in_features, names))
+        segments.append(Segment(spec.kind, spec.bits, spec.group_size, spec.in_features, names))
         _log_kernel(spec.kind, torch.device(device).type)
     if torch.device(device).type == "cpu":
         _request_amx()

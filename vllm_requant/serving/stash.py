@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..format import LayerSpec, QuantizedLayer, ReQuantFormatError
-from .rows import synthetic_layer
+from ..format.rows import synthetic_layer
 
 __all__ = ["ShardId", "StoredModule", "WeightStash"]
 

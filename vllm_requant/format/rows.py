@@ -4,21 +4,17 @@ from collections.abc import Sequence
 
 import torch
 
-from ..format import LayerSpec, LutSpec, QuantizedLayer, UniformSpec
-from ..format.schema import SPARSE_TENSORS
-from ..kernels.bitstream import pack_codes, row_bytes
+from .kinds import KINDS
+from .layer import QuantizedLayer
+from .schema import SPARSE_TENSORS, LayerSpec
 
-__all__ = ["concat_rows", "group_size", "same_format", "synthetic_layer", "zero_layer"]
-
-
-def group_size(spec: LayerSpec) -> int:
-    """The group size of a kind that has groups, else 0."""
-    return spec.group_size if isinstance(spec, UniformSpec) else 0
+__all__ = ["concat_rows", "same_format", "synthetic_layer", "zero_layer"]
 
 
 def same_format(a: LayerSpec, b: LayerSpec) -> bool:
-    """Whether two layers can be stacked: same kind, bits, group size and input features."""
-    return (a.kind, a.bits, group_size(a), a.in_features) == (b.kind, b.bits, group_size(b), b.in_features)
+    """Whether two layers can be stacked: equal but for output features and sparse elements."""
+    blank = {"out_features": 1, "nnz": 0}
+    return a.model_copy(update=blank) == b.model_copy(update=blank)
 
 
 def concat_rows(layers: Sequence[QuantizedLayer]) -> QuantizedLayer:
@@ -62,34 +58,18 @@ def concat_rows(layers: Sequence[QuantizedLayer]) -> QuantizedLayer:
 def zero_layer(spec: LayerSpec, rows: int) -> QuantizedLayer:
     """``rows`` output features of the same format whose weights are exactly zero."""
     spec = spec.model_copy(update={"out_features": rows, "nnz": 0})
-    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in spec.tensors().items()}
-    if isinstance(spec, UniformSpec):
-        # code 0 minus zero point 0 is zero under any scale, but a scale must be positive
-        tensors["scales"].fill_(1)
-    return QuantizedLayer(spec, tensors)
+    return QuantizedLayer(spec, KINDS[spec.kind].zeros(spec))
 
 
 def synthetic_layer(spec: LayerSpec) -> QuantizedLayer:
-    """A valid layer with arbitrary small weights and exactly ``spec.nnz`` sparse elements, evenly spread.
+    """A valid layer whose dense part is zero, with exactly ``spec.nnz`` small sparse elements, evenly spread.
 
     It has the memory and the work of the real one, for ``--load-format dummy`` and for dry runs.
     """
-    rows, columns = spec.out_features, spec.in_features
-    # one row of codes for all: random numbers for a whole vocabulary would take longer than loading it
-    codes = torch.arange(columns).remainder(1 << spec.bits)[None]
-    qweight = pack_codes(codes, spec.bits).expand(rows, row_bytes(columns, spec.bits)).contiguous()
-    if isinstance(spec, LutSpec):
-        entries = torch.linspace(-1e-3, 1e-3, 1 << spec.bits, dtype=torch.float16)
-        tensors = {"qweight": qweight, "lookup_table": entries.expand(rows, -1).contiguous()}
-    else:
-        zeros = pack_codes(torch.full((1, spec.groups), 1 << (spec.bits - 1)), spec.bits)
-        tensors = {
-            "qweight": qweight,
-            "scales": torch.full((rows, spec.groups), 1e-4, dtype=torch.float16),
-            "qzeros": zeros.expand(rows, -1).contiguous(),
-        }
+    tensors = dict(KINDS[spec.kind].zeros(spec))
     if spec.nnz:
-        tensors |= dict(zip(SPARSE_TENSORS, _even_csr(rows, columns, spec.nnz, spec.index_dtype), strict=True))
+        csr = _even_csr(spec.out_features, spec.in_features, spec.nnz, spec.index_dtype)
+        tensors |= dict(zip(SPARSE_TENSORS, csr, strict=True))
     return QuantizedLayer(spec, tensors)
 
 
