@@ -26,6 +26,9 @@ PROMPTS = [
     "The three primary colours are",
 ]
 NEW_TOKENS = 32
+# glibc keeps what vLLM frees while it repacks bfloat16 weights: 64 MiB on this model, which are nobody's weights.
+# With every larger block in a mapping of its own, freed memory goes back and residency says what is held.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_float32_server_gives_the_tokens_of_transformers(expected: Any, float32_
 def bfloat16_run(converted: Converted, tmp_path_factory: pytest.TempPathFactory, expected: Any) -> dict[str, Any]:
     log = tmp_path_factory.mktemp("log") / "bfloat16.log"
     flags = ("--logprobs-mode", "raw_logits", "--max-logprobs", "1000")
-    with serve(converted.folder, log, *flags) as server:
+    with serve(converted.folder, log, *flags, **RETURN_FREED_MEMORY) as server:
         answers = [greedy(server.client, ids, logprobs=1000) for ids, _ in expected]
         streamed = "".join(
             chunk.choices[0].delta.content or ""
@@ -140,7 +143,7 @@ def test_memory_is_what_inspect_predicts(
     bfloat16_run: dict[str, Any], converted: Converted, original_folder: Path, tmp_path: Path, expected: Any
 ) -> None:
     """Serving takes less than bfloat16 serving by the bytes that quantization saves, give or take 15 %."""
-    with serve(original_folder, tmp_path / "bf16.log", plugin=False) as server:
+    with serve(original_folder, tmp_path / "bf16.log", plugin=False, **RETURN_FREED_MEMORY) as server:
         for ids, _ in expected:
             greedy(server.client, ids)
         plain = server.anonymous_bytes()

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from vllm_requant.format import CheckpointConfig, LayerSpec, LutSpec, QuantizedLayer, UniformSpec
-from vllm_requant.kernels.bitstream import pack_codes
+from tests.format import builders
+from vllm_requant.format import CheckpointConfig, QuantizedLayer
 
 RankSetter = Callable[[int, int], None]
 
@@ -22,23 +22,10 @@ def random_layer(
     rows: int, columns: int, *, kind: str, bits: int, group_size: int = 0, density: float = 0.0, seed: int = 0
 ) -> QuantizedLayer:
     """A layer with codes, scales, zero points or tables, and sparse elements drawn at random."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def codes(count: int) -> Tensor:
-        return pack_codes(torch.randint(0, 1 << bits, (rows, count), generator=rng), bits)
-
-    spec: LayerSpec
-    if kind == "uniform":
-        spec = UniformSpec(bits=bits, group_size=group_size, in_features=columns, out_features=rows)
-        scales = 0.01 + 0.02 * torch.rand(rows, spec.groups, generator=rng)
-        dense = {"qweight": codes(columns), "scales": scales.half(), "qzeros": codes(spec.groups)}
-    else:
-        spec = LutSpec(bits=bits, in_features=columns, out_features=rows)
-        table = 0.1 * torch.randn(rows, 1 << bits, generator=rng)
-        dense = {"qweight": codes(columns), "lookup_table": table.half()}
-    weight = torch.randn(rows, columns, generator=rng)
-    mask = torch.rand(rows, columns, generator=rng) < density
-    return QuantizedLayer.build(spec, dense, weight=weight, mask=mask)
+    layer, _, _ = builders.random_layer(
+        kind, bits, rows, columns, density=density, group_size=group_size or 64, seed=seed
+    )
+    return layer
 
 
 def quant_config(layers: Mapping[str, QuantizedLayer], packed: Mapping[str, list[str]] | None = None):
