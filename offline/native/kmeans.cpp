@@ -28,7 +28,8 @@ struct Row {
     double cost(int begin, int end) const {
         const double m = mass[end] - mass[begin];
         const double s = moment[end] - moment[begin];
-        return energy[end] - energy[begin] - s * s / m;
+        // beside huge weights the tiny ones vanish from the sums; such an interval costs nothing
+        return m > 0 ? energy[end] - energy[begin] - s * s / m : 0.0;
     }
 
     // Fill current[low..high], knowing that the best split lies in [first, last].
@@ -87,7 +88,8 @@ struct Row {
         int end = points;
         for (int c = used - 1; c >= 0; --c) {
             const int begin = c == 0 ? 0 : split[static_cast<size_t>(c) * (points + 1) + end];
-            centroids[c] = static_cast<float>(origin + (moment[end] - moment[begin]) / (mass[end] - mass[begin]));
+            const double m = mass[end] - mass[begin];
+            centroids[c] = m > 0 ? static_cast<float>(origin + (moment[end] - moment[begin]) / m) : value[order[begin]];
             end = begin;
         }
         // fewer points than clusters: the table is filled up with its last entry

@@ -81,14 +81,15 @@ class Server:
     pid: int
     log: Path
 
-    def anonymous_bytes(self) -> int:
-        """Resident memory of all its processes that is no mapped file."""
+    def worker_bytes(self) -> int:
+        """Resident memory, mapped files apart, of the process that holds the weights: the largest one."""
         root = psutil.Process(self.pid)
-        total = 0
-        for process in [root, *root.children(recursive=True)]:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            total += 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
-        return total
+        return max(_anonymous_bytes(process.pid) for process in [root, *root.children(recursive=True)])
+
+
+def _anonymous_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
 
 
 @contextmanager

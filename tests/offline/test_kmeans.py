@@ -61,6 +61,17 @@ def test_assign_picks_the_nearest() -> None:
     torch.testing.assert_close(chosen, distance.amin(2))
 
 
+def test_weights_of_any_range_give_finite_ascending_centroids() -> None:
+    """Where small weights vanish beside large ones in double precision, an interval may seem to weigh nothing."""
+    torch.manual_seed(0)
+    values = torch.randn(50, 400)
+    weight = 10.0 ** torch.randint(-30, 20, (50, 400))
+    centroids = kmeans_rows(values, weight, 16)
+    assert torch.isfinite(centroids).all()
+    assert (centroids[:, 1:] >= centroids[:, :-1]).all()
+    assert (centroids.amin(1) >= values.amin(1)).all() and (centroids.amax(1) <= values.amax(1)).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_bad_weights_are_refused(bad: float) -> None:
     weight = torch.ones(2, 8)
