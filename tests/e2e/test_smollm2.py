@@ -16,7 +16,8 @@ from tests.e2e.conftest import Converted, serve
 from vllm_requant import hf
 from vllm_requant.cli.inspect import describe
 
-pytestmark = pytest.mark.e2e
+# the first test waits for the conversion
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 PROMPTS = [
     "The capital of France is",
