@@ -10,7 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from vllm_layers import RankSetter
+
+from tests.serving.vllm_layers import RankSetter
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm_layers import FORMATS, random_layer
 
+from tests.serving.vllm_layers import FORMATS, random_layer
 from vllm_requant.format import CheckpointConfig, QuantizedLayer
 from vllm_requant.format.writer import write_tensors
 

@@ -9,8 +9,8 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm_layers import FORMATS, load, quant_config, random_layer
 
+from tests.serving.vllm_layers import FORMATS, load, quant_config, random_layer
 from vllm_requant.format import QuantizedLayer, ReQuantFormatError
 
 HIDDEN = 128

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from vllm_layers import FORMATS, quant_config, random_layer
 
+from tests.serving.vllm_layers import FORMATS, quant_config, random_layer
 from vllm_requant.format import ReQuantFormatError
 from vllm_requant.format.rows import concat_rows, synthetic_layer, zero_layer
 from vllm_requant.serving import register

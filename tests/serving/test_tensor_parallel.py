@@ -9,8 +9,8 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm_layers import FORMATS, assert_close, load, quant_config, random_layer
 
+from tests.serving.vllm_layers import FORMATS, assert_close, load, quant_config, random_layer
 from vllm_requant.format import QuantizedLayer
 
 pytestmark = pytest.mark.parametrize("tp", [1, 2, 4])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm_layers import FORMATS, assert_close, load, quant_config, random_layer
 
+from tests.serving.vllm_layers import FORMATS, assert_close, load, quant_config, random_layer
 from vllm_requant.serving.embedding import TieableHeadMethod
 
 HIDDEN = 128
