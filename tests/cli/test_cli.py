@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import vllm_requant
 from tests import tiny
 from vllm_requant.cli.serve import server_arguments
 
@@ -163,6 +164,10 @@ def test_help_names_every_command() -> None:
     out = requant("--help").stdout
     for name in ("convert", "inspect", "eval", "serve"):
         assert name in out
+
+
+def test_version() -> None:
+    assert requant("--version").stdout == f"requant {vllm_requant.__version__}\n"
 
 
 def test_importing_the_package_imports_neither_torch_nor_vllm() -> None:

@@ -3,8 +3,11 @@
 Results go to stdout, progress and logs to stderr. Exit status: 0 good, 1 failed, 2 wrong usage.
 """
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from . import convert, evaluate, inspect, serve
 
 __all__ = ["app", "main"]
@@ -23,6 +26,21 @@ app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"requant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Low-bit language models with a sparse residual, for vLLM."""
 
 
 def main() -> None:
