@@ -6,6 +6,8 @@ weights are read. No remote code and no pickle is ever executed.
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,12 +211,27 @@ def model_config(lm: CausalLM) -> dict[str, Any]:
     return config
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws bars of its own, also into log files; loading is a line of ours instead."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _from_pretrained(auto_class: Any, source: str, *, revision: str | None, **extra: Any) -> Any:
     arguments = resolve_source(source) | extra
     if revision is not None:
         arguments["revision"] = revision
     try:
-        return auto_class.from_pretrained(trust_remote_code=False, **arguments)
+        with _no_progress_bars():
+            return auto_class.from_pretrained(trust_remote_code=False, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source}: cannot be loaded: {first_line}") from error
