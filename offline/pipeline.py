@@ -96,6 +96,7 @@ class _Run:
         self.candidates: list[dict[str, Any]] = []
         self.counts: dict[str, int] = {}
         self.loss_original: float | None = None
+        self.relative_error: dict[str, float] = {}
 
     def convert(self) -> Conversion:
         base = self.recipe.make_base()
@@ -241,6 +242,7 @@ class _Run:
 
     def _log_layer(self, name: str, layer: QuantizedLayer, weight: Tensor) -> None:
         spec = layer.spec
+        self.relative_error[name] = _relative_error(layer, weight)
         log.info(
             "%-40s %-7s %d bit  nnz %-7d %.3f bits/weight  relative error %.4f",
             name,
@@ -248,7 +250,7 @@ class _Run:
             spec.bits,
             spec.nnz,
             spec.bits_per_weight,
-            _relative_error(layer, weight),
+            self.relative_error[name],
         )
 
     def _report(self, layers: Mapping[str, QuantizedLayer]) -> dict[str, Any]:
@@ -258,7 +260,7 @@ class _Run:
                     "bits_per_weight": layer.spec.bits_per_weight,
                     "nnz": layer.spec.nnz,
                     "outliers": self.counts.get(name),
-                    "relative_error": _relative_error(layer, self.weights[name]),
+                    "relative_error": self.relative_error[name],
                 }
                 for name, layer in layers.items()
             },
