@@ -11,14 +11,55 @@ import vllm_requant
 from vllm_requant.format import CheckpointConfig
 from vllm_requant.format.writer import staged_folder, write_tensors
 
-from .calibration import Calibration
+from .calibration import Calibration, load_calibration
 from .models import CausalLM, model_config, other_tensors
-from .pipeline import Conversion
+from .pipeline import Conversion, convert
 from .recipe import Recipe
 
-__all__ = ["REPORT_NAME", "save"]
+__all__ = ["REPORT_NAME", "convert_and_save", "save"]
 
 REPORT_NAME = "requant_report.json"
+
+
+def convert_and_save(
+    lm: CausalLM,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    dataset: str = "self",
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> tuple[CheckpointConfig, Conversion]:
+    """The whole way from a loaded model to a checkpoint in ``folder``.
+
+    Args:
+        lm: the model.
+        folder: where the checkpoint goes.
+        recipe: what to do.
+        dataset: calibration text, as in :func:`load_calibration`; not read if the recipe needs none.
+        overwrite: replace an existing checkpoint.
+        max_shard_size: of a safetensors file, such as ``5GB``.
+
+    Returns:
+        The configuration that was written and the conversion itself.
+
+    Raises:
+        CalibrationError: the calibration text is missing or too short.
+        OSError: ``folder`` cannot be written.
+    """
+    calibration = None
+    if recipe.needs_calibration:
+        calibration = load_calibration(
+            dataset,
+            lm.model,
+            lm.tokenizer,
+            num_samples=recipe.num_samples,
+            seq_len=recipe.seq_len,
+            seed=recipe.seed,
+        )
+    conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None)
+    config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
+    return config, conversion
 
 
 def save(

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from deploy.demo import REQUANT, free_port, start_server, stop, wait_until_healthy
-from vllm_requant.offline.calibration import load_calibration
 from vllm_requant.offline.models import CausalLM, load_causal_lm
-from vllm_requant.offline.pipeline import Conversion, convert
+from vllm_requant.offline.pipeline import Conversion
 from vllm_requant.offline.recipe import Recipe
-from vllm_requant.offline.save import save
+from vllm_requant.offline.save import convert_and_save
 
 RECIPE = Recipe(bits=4, num_samples=4, seq_len=128)
 
@@ -53,17 +52,8 @@ class Converted:
 @pytest.fixture(scope="session")
 def converted(original: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """The default recipe with little calibration."""
-    calibration = load_calibration(
-        "self",
-        original.model,
-        original.tokenizer,
-        num_samples=RECIPE.num_samples,
-        seq_len=RECIPE.seq_len,
-        seed=RECIPE.seed,
-    )
-    conversion = convert(original, RECIPE, calibration.tokens)
     folder = tmp_path_factory.mktemp("converted") / "checkpoint"
-    save(folder, original, RECIPE, calibration, conversion, overwrite=False)
+    _, conversion = convert_and_save(original, folder, RECIPE)
     return Converted(folder, conversion)
 
 

@@ -12,28 +12,16 @@ from vllm_requant import hf
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.offline.calibration import CalibrationError, load_calibration
 from vllm_requant.offline.models import ModelError, find_layers, load_causal_lm, skeleton
-from vllm_requant.offline.pipeline import convert, plan
+from vllm_requant.offline.pipeline import plan
 from vllm_requant.offline.recipe import Recipe, RecipeError
-from vllm_requant.offline.save import save
+from vllm_requant.offline.save import convert_and_save
 
 SMALL = {"num_samples": 3, "seq_len": 24, "nodes": 2, "outliers": 0.01, "significant": 0.004}
 
 
 def _convert(source: Path, out: Path, **choices):  # type: ignore[no-untyped-def]
-    recipe = Recipe(**SMALL | choices)
     lm = load_causal_lm(str(source))
-    calibration = None
-    if recipe.needs_calibration:
-        calibration = load_calibration(
-            "self",
-            lm.model,
-            lm.tokenizer,
-            num_samples=recipe.num_samples,
-            seq_len=recipe.seq_len,
-            seed=recipe.seed,
-        )
-    conversion = convert(lm, recipe, calibration.tokens if calibration else None)
-    save(out, lm, recipe, calibration, conversion, overwrite=False)
+    _, conversion = convert_and_save(lm, out, Recipe(**SMALL | choices))
     return lm, conversion
 
 

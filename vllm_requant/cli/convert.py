@@ -109,26 +109,15 @@ def _convert(
     overwrite: bool,
     max_shard_size: str,
 ) -> dict[str, Any]:
-    from ..offline.calibration import load_calibration
     from ..offline.models import load_causal_lm
-    from ..offline.pipeline import convert
-    from ..offline.save import save
+    from ..offline.save import convert_and_save
 
     started = time.monotonic()
     log.info("loading %s", model)
     lm = load_causal_lm(model, revision=revision, dtype=dtype)
-    calibration = None
-    if recipe.needs_calibration:
-        calibration = load_calibration(
-            dataset,
-            lm.model,
-            lm.tokenizer,
-            num_samples=recipe.num_samples,
-            seq_len=recipe.seq_len,
-            seed=recipe.seed,
-        )
-    conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None)
-    config = save(output, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
+    config, conversion = convert_and_save(
+        lm, output, recipe, dataset=dataset, overwrite=overwrite, max_shard_size=max_shard_size
+    )
     report = conversion.report
     return {
         "output": str(output),

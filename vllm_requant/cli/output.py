@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,9 +48,9 @@ def command_errors() -> Iterator[None]:
 
     Anything else is a defect of ours and keeps its traceback.
     """
+    _hide_bars()
     try:
-        with _hidden_bars():
-            yield
+        yield
     except (ReQuantFormatError, OSError) as error:
         _fail(str(error), 1)
     except RuntimeError as error:
@@ -78,11 +79,7 @@ def _fail(message: str, status: int) -> None:
     raise typer.Exit(status)
 
 
-@contextmanager
-def _hidden_bars() -> Iterator[None]:
-    import os
-
+def _hide_bars() -> None:
     # read by huggingface_hub and by tqdm when they are imported; ours are drawn by offline.progress
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    yield
