@@ -19,6 +19,7 @@ __all__ = [
     "DTYPES",
     "CausalLM",
     "ModelError",
+    "decoder_blocks",
     "find_layers",
     "head_module",
     "load_causal_lm",
@@ -153,6 +154,19 @@ def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "au
     return CausalLM(model, tokenizer, target, source, commit)
 
 
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the list of decoder blocks.
+
+    Raises:
+        ModelError: the model holds no list of modules.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__}: no list of decoder blocks found")
+    # the list that holds most parameters is the decoder's; lists inside a block are smaller
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
 def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder blocks, by name, in the order of the forward pass.
 
@@ -161,11 +175,7 @@ def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
     Raises:
         ModelError: the blocks hold weight matrices that are not ``nn.Linear``.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ModelError(f"{type(model).__name__}: no list of decoder blocks found")
-    # the list that holds most parameters is the decoder's; lists inside a block are smaller
-    prefix, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    prefix, blocks = decoder_blocks(model)
     layers = {f"{prefix}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
     known = {id(module.weight) for module in layers.values()}
     for name, parameter in blocks.named_parameters():

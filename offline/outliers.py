@@ -14,12 +14,14 @@ __all__ = [
     "TAUS",
     "adaptive_counts",
     "largest_magnitude",
+    "largest_range_reduction",
     "random_positions",
     "squeezellm_positions",
     "top_over_layers",
 ]
 
 TAUS = (0.0, 0.5, 1.0)
+_MAX_REMOVED = 16  # outliers in one group at most, by the range rule
 _MAX_FACTOR = 8.0  # a layer gets at most this many times the overall ratio
 
 
@@ -76,6 +78,47 @@ def _round_to_sum(share: Mapping[str, float], numel: Mapping[str, int], budget: 
 def largest_magnitude(weights: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Positions of the ``counts[name]`` largest ``|w|`` of every layer, as bool masks."""
     return {name: _top(weight.abs(), counts[name]) for name, weight in weights.items()}
+
+
+def largest_range_reduction(
+    weights: Mapping[str, Tensor], counts: Mapping[str, int], group_size: int | None
+) -> dict[str, Tensor]:
+    """Positions whose removal shortens the range of their group most, as bool masks.
+
+    The squared error of a group's grid grows with its squared range. Within a group the largest ``|w|`` go first; the
+    gain of each is what it and the next ones save on average, so that two equal extremes are removed together.
+
+    Args:
+        weights: by layer.
+        counts: positions to choose in each.
+        group_size: columns that share a range; None for whole rows.
+    """
+    return {
+        name: _top(_range_reduction(weight, group_size or weight.shape[1]), counts[name])
+        for name, weight in weights.items()
+    }
+
+
+def _range_reduction(weight: Tensor, group_size: int) -> Tensor:
+    rows, columns = weight.shape
+    groups = -(-columns // group_size)
+    parts = torch.nn.functional.pad(weight, (0, groups * group_size - columns)).view(rows, groups, group_size)
+    depth = min(_MAX_REMOVED, group_size)
+    order = parts.abs().topk(depth, dim=2).indices
+    left, squared = parts.clone(), []
+    for k in range(depth + 1):
+        squared.append((left.amax(2).clamp(min=0) - left.amin(2).clamp(max=0)).square())
+        if k < depth:
+            left.scatter_(2, order[..., k : k + 1], 0.0)
+    ranges = torch.stack(squared, dim=2)  # [rows, groups, depth + 1]
+    gain = torch.zeros(rows, groups, depth, device=weight.device)
+    for k in range(depth):
+        steps = torch.arange(1, depth + 1 - k, device=weight.device)
+        gain[..., k] = ((ranges[..., k : k + 1] - ranges[..., k + 1 :]) / steps).amax(2)
+    # an element is not removed before the larger ones of its group
+    gain = gain.cummin(2).values
+    score = torch.zeros_like(parts).scatter_(2, order, gain)
+    return score.flatten(1)[:, :columns].contiguous()
 
 
 def random_positions(weights: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:

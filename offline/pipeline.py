@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +21,21 @@ from torch import Tensor, nn
 from vllm_requant.format import LayerSpec, QuantizedLayer
 
 from . import outliers, pqi
-from .bases import DenseLayer, Rtn
+from .bases import Awq, DenseLayer, LayerData, Need, Rtn
+from .cache import MomentsCache
+from .folding import apply_fold, find_folds
+from .metrics import METRICS, Sensitivity
 from .models import CausalLM, find_layers, head_module
 from .progress import track
 from .recipe import Recipe
 from .significant import detach_steps
+from .statistics import InputStatistics, input_statistics
 
 __all__ = ["Conversion", "convert", "plan"]
 
 log = logging.getLogger(__name__)
 Masks = dict[str, Tensor]
+Dense = Mapping[str, DenseLayer]
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
         ModelError: the architecture is not supported.
     """
     base = recipe.make_base()
+    if base.folds:
+        list(find_folds(model))  # refuses an architecture that it knows nothing about
     share = recipe.outliers + recipe.significant
     specs: dict[str, LayerSpec] = {}
     for name, layer in find_layers(model).items():
@@ -63,17 +71,19 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     return specs
 
 
-def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None) -> Conversion:
+def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path | None = None) -> Conversion:
     """Convert a model.
 
     Args:
-        lm: the model; its weights are the same afterwards.
+        lm: the model. A base that folds scales rescales it in place, which leaves what it computes unchanged up to
+            rounding; other bases leave its weights as they are.
         recipe: what to do.
         tokens: int64 ``[num_samples, seq_len]``; None only if the recipe needs no calibration.
+        cache: folder in which path integrals are kept, so that conversions that differ elsewhere share them.
     """
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
-    return _Run(lm, recipe, tokens).convert()
+    return _Run(lm, recipe, tokens, MomentsCache(cache)).convert()
 
 
 @dataclass
@@ -83,74 +93,99 @@ class _Run:
     lm: CausalLM
     recipe: Recipe
     tokens: Tensor | None
+    cache: MomentsCache
     seconds: dict[str, float] = field(default_factory=dict)
     integrals: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model = self.lm.model
         self.layers = find_layers(self.model)
-        self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
-        self.numel = {name: weight.numel() for name, weight in self.weights.items()}
+        self.numel = {name: layer.weight.numel() for name, layer in self.layers.items()}
         self.total = sum(self.numel.values())
-        self.fisher: dict[str, Tensor] | None = None
+        self.base = self.recipe.make_base()
+        self.metric = METRICS[self.recipe.metric]
+        self.generator = torch.Generator().manual_seed(self.recipe.seed)
+        self.inputs: dict[str, InputStatistics] = {}
+        self.start: pqi.GradientMoments | None = None
         self.candidates: list[dict[str, Any]] = []
         self.counts: dict[str, int] = {}
         self.loss_original: float | None = None
         self.relative_error: dict[str, float] = {}
 
     def convert(self) -> Conversion:
-        base = self.recipe.make_base()
         if self.tokens is not None:
             with self._stage("original_loss"):
                 self.loss_original = pqi.calibration_loss(self.model, self.tokens, "loss of the original")
-        if base.needs_fisher:
-            with self._stage("fisher"):
-                assert self.tokens is not None
-                self.fisher = pqi.fisher_information(self.model, self.layers, self.tokens)
-        choose = {"requant": self._requant, "base": self._base_rule, "random": self._random}
-        dense, masks = choose[self.recipe.selection]()
+        self._measure()
+        # after folding: from here on the rescaled weights are the original
+        self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
+        dense, masks = self._select()
         with self._stage("residual"):
             layers = self._join(dense, masks)
         report = self._report(layers)
         if self.recipe.lm_head_bits < 16:
             with self._stage("lm_head"):
                 name, weight = head_module(self.model)
-                spec, tensors = Rtn(self.recipe.lm_head_bits, self.recipe.group_size).quantize(weight.float())
+                spec, tensors = Rtn(self.recipe.lm_head_bits, self.recipe.group_size).quantize(
+                    LayerData(weight.float())
+                )
                 layers[name] = QuantizedLayer(spec, tensors)
                 self._log_layer(name, layers[name], weight)
         return Conversion(layers, report)
 
-    # the three ways to choose the sparse positions ---------------------------------------------------------
+    # what is measured before anything is quantized ------------------------------------------------------------
 
-    def _requant(self) -> tuple[dict[str, DenseLayer], Masks]:
+    def _measure(self) -> None:
+        if Need.INPUTS in self.base.needs:
+            assert self.tokens is not None
+            with self._stage("inputs"):
+                self.inputs = input_statistics(self.model, self.layers, self.tokens)
+        if isinstance(self.base, Awq):
+            with self._stage("fold"):
+                self._fold(self.base)
+        if Need.FISHER in self.base.needs or self.recipe.needs_start:
+            assert self.tokens is not None
+            with self._stage("gradients"):
+                self.start = pqi.gradient_moments(self.model, self.layers, self.tokens)
+
+    def _fold(self, base: Awq) -> None:
+        folds = list(find_folds(self.model))
+        for fold in track(folds, "channel scales", total=len(folds)):
+            scale = apply_fold(fold, base.fold_scale(fold, self.inputs), self.lm.dtype)
+            rescaled = self.inputs[next(iter(fold.consumers))].scaled(1 / fold.spread(scale))
+            self.inputs |= dict.fromkeys(fold.consumers, rescaled)
+
+    # the choice of the sparse positions -----------------------------------------------------------------------
+
+    def _select(self) -> tuple[Dense, Masks]:
         none: Masks = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
-        budget = round(self.recipe.significant * self.total)
-        dense = self._quantize(None, "pre-quantizing")
-        masks = none
-        if self.recipe.outliers > 0:
-            dense, masks = self._adaptive_outliers(dense, none)
-        if budget:
-            with self._stage("significant"):
-                masks, _ = detach_steps(
-                    lambda m, number: self._integrate(dense, m, f"detach, round {number + 1}"),
-                    masks,
-                    budget,
-                    self.recipe.rounds,
-                )
-        return dense, masks
+        recipe = self.recipe
+        if recipe.outlier_rule == "base":
+            assert self.start is not None
+            masks = outliers.squeezellm_positions(self.weights, self.start.square, recipe.outliers, recipe.significant)
+            return self._quantize(masks, "quantizing"), masks
+        if recipe.outliers > 0:
+            dense, masks = self._outliers(none)
+        else:
+            dense, masks = self._quantize(None, "quantizing"), none
+        budget = round(recipe.significant * self.total)
+        return self._detach(dense, masks, budget) if budget else (dense, masks)
 
-    def _adaptive_outliers(self, pre: dict[str, DenseLayer], none: Masks) -> tuple[dict[str, DenseLayer], Masks]:
+    def _outliers(self, none: Masks) -> tuple[Dense, Masks]:
         """Algorithm 1: the candidate ratios are re-quantized and the lowest calibration loss wins."""
-        assert self.tokens is not None
+        if self.recipe.metric == "random":
+            masks = outliers.random_positions(self.weights, self.recipe.outliers, self.recipe.seed)
+            return self._quantize(masks, "quantizing"), masks
+        pre = self._quantize(None, "pre-quantizing")
         with self._stage("outlier_ratio"):
-            integral = self._integrate(pre, none, "pre-quantized")
-            mean_score = {name: float(integral.score(name).mean(dtype=torch.float64)) for name in self.weights}
-            del integral
+            scores = self._scores(pre, none, "pre-quantized")
+            mean_score = {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
+            del scores, pre
         budget = round(self.recipe.outliers * self.total)
-        best: tuple[float, dict[str, DenseLayer], Masks] | None = None
+        best: tuple[float, Dense, Masks] | None = None
         for tau in outliers.TAUS:
             counts = outliers.adaptive_counts(mean_score, self.numel, budget, tau)
-            masks = outliers.largest_magnitude(self.weights, counts)
+            masks = self._outlier_masks(counts)
             dense = self._quantize(masks, f"re-quantizing, τ = {tau:g}")
             with self._stage("outlier_ratio"):
                 loss = self._loss(dense, masks, f"loss at τ = {tau:g}")
@@ -161,40 +196,57 @@ class _Run:
         assert best is not None
         return best[1], best[2]
 
-    def _base_rule(self) -> tuple[dict[str, DenseLayer], Masks]:
-        assert self.fisher is not None
-        masks = outliers.squeezellm_positions(self.weights, self.fisher, self.recipe.outliers, self.recipe.significant)
-        return self._quantize(masks, "quantizing"), masks
+    def _outlier_masks(self, counts: Mapping[str, int]) -> Masks:
+        if self.recipe.outlier_rule == "magnitude":
+            return outliers.largest_magnitude(self.weights, counts)
+        group_size = self.recipe.group_size if self.base.grouped else None
+        return outliers.largest_range_reduction(self.weights, counts, group_size)
 
-    def _random(self) -> tuple[dict[str, DenseLayer], Masks]:
-        removed = outliers.random_positions(self.weights, self.recipe.outliers, self.recipe.seed)
-        both = self.recipe.outliers + self.recipe.significant
-        # the same seed ranks the same, so the larger share contains the smaller one
-        masks = outliers.random_positions(self.weights, both, self.recipe.seed)
-        return self._quantize(removed, "quantizing"), masks
+    def _detach(self, dense: Dense, masks: Masks, budget: int) -> tuple[Dense, Masks]:
+        """Algorithm 2; with ``refit`` the dense part is quantized anew around what has been detached so far."""
+        current = dense
 
-    # pieces ------------------------------------------------------------------------------------------------
+        def measure(masks: Masks, number: int) -> dict[str, Tensor]:
+            nonlocal current
+            if number and self.recipe.refit:
+                current = self._quantize(masks, f"re-fitting, round {number}")
+            with self._stage("significant"):
+                return self._scores(current, masks, f"detach, round {number + 1}")
 
-    def _quantize(self, removed: Masks | None, label: str) -> dict[str, DenseLayer]:
-        base = self.recipe.make_base()
+        masks = detach_steps(measure, masks, budget, self.recipe.rounds)
+        if self.recipe.refit:
+            current = self._quantize(masks, "re-fitting around the sparse part")
+        return current, masks
+
+    # pieces ---------------------------------------------------------------------------------------------------
+
+    def _quantize(self, removed: Masks | None, label: str) -> Dense:
         dense = {}
         with self._stage("quantize"):
             for name, weight in track(self.weights.items(), label, total=len(self.weights)):
-                dense[name] = base.quantize(
-                    weight,
-                    removed=removed[name] if removed is not None else None,
-                    fisher=self.fisher[name] if self.fisher is not None else None,
-                )
+                fisher = self.start.square[name] if self.start is not None else None
+                layer = LayerData(weight, fisher=fisher, inputs=self.inputs.get(name))
+                dense[name] = self.base.quantize(layer, removed[name] if removed is not None else None)
         return dense
 
-    def _restored(self, dense: Mapping[str, DenseLayer], masks: Masks) -> dict[str, Tensor]:
+    def _restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
         """w̃: dense weights with the masked positions at full precision."""
         return {name: torch.where(masks[name], self.weights[name], dense[name].weight()) for name in dense}
 
-    def _integrate(self, dense: Mapping[str, DenseLayer], masks: Masks, label: str) -> pqi.PathIntegral:
+    def _scores(self, dense: Dense, masks: Masks, label: str) -> dict[str, Tensor]:
+        """The metric of every weight for the step from w to w̃."""
+        restored = self._restored(dense, masks)
+        path = self._integrate(restored, label) if self.metric.needs_path else None
+        return {
+            name: self.metric.score(
+                Sensitivity.of(name, weight, restored[name] - weight, self.start, path, self.generator)
+            )
+            for name, weight in self.weights.items()
+        }
+
+    def _integrate(self, restored: Mapping[str, Tensor], label: str) -> pqi.PathIntegral:
         assert self.tokens is not None
         assert self.loss_original is not None
-        restored = self._restored(dense, masks)
         integral = pqi.integrate(
             self.model,
             self.layers,
@@ -202,6 +254,8 @@ class _Run:
             self.tokens,
             rule=self.recipe.quadrature,
             nodes=self.recipe.nodes,
+            squares=self.metric.needs_squares or self.cache.enabled,
+            cache=self.cache,
             label=f"integral ({label})",
         )
         with pqi.weights_replaced(self.layers, restored):
@@ -227,12 +281,12 @@ class _Run:
         )
         return integral
 
-    def _loss(self, dense: Mapping[str, DenseLayer], masks: Masks, label: str) -> float:
+    def _loss(self, dense: Dense, masks: Masks, label: str) -> float:
         assert self.tokens is not None
         with pqi.weights_replaced(self.layers, self._restored(dense, masks)):
             return pqi.calibration_loss(self.model, self.tokens, label)
 
-    def _join(self, dense: Mapping[str, DenseLayer], masks: Masks) -> dict[str, QuantizedLayer]:
+    def _join(self, dense: Dense, masks: Masks) -> dict[str, QuantizedLayer]:
         layers = {}
         for name, (spec, tensors) in dense.items():
             weight = self.weights[name]

@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .cache import MomentsCache, fingerprint
 from .progress import track
 
 __all__ = [
     "QUADRATURES",
+    "GradientMoments",
     "PathIntegral",
     "calibration_loss",
-    "fisher_information",
+    "gradient_moments",
     "integrate",
     "quadrature",
     "token_loss",
@@ -95,41 +97,78 @@ def _gradients_of(layers: Mapping[str, nn.Linear]) -> Iterator[None]:
             layer.weight.grad = None
 
 
-def fisher_information(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> dict[str, Tensor]:
-    """Diagonal of the empirical Fisher information: ``Σ_s g_s²``, one gradient per sequence, in float32."""
+@dataclass(frozen=True)
+class GradientMoments:
+    """Moments over the calibration sequences of a gradient g_s of each sequence's loss; float32, by layer.
+
+    Attributes:
+        gradient: ``mean_s g_s``.
+        square: ``mean_s g_s²``, or empty if it was not asked for. At the original weights this is the diagonal of the
+            empirical Fisher information.
+    """
+
+    gradient: dict[str, Tensor]
+    square: dict[str, Tensor]
+
+    @classmethod
+    def zeros(cls, layers: Mapping[str, nn.Linear], *, squares: bool) -> "GradientMoments":
+        gradient = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+        return cls(gradient, {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {})
+
+    def flat(self) -> dict[str, Tensor]:
+        """All tensors in one mapping, to be stored."""
+        return {f"gradient.{n}": t for n, t in self.gradient.items()} | {
+            f"square.{n}": t for n, t in self.square.items()
+        }
+
+    @classmethod
+    def from_flat(cls, tensors: Mapping[str, Tensor]) -> "GradientMoments":
+        """Inverse of :meth:`flat`."""
+        parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "square": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = tensor
+        return cls(**parts)
+
+    def take(self, layers: Mapping[str, nn.Linear], share: float) -> None:
+        """Add the gradients that the layers hold, weighted with ``share``, and clear them."""
+        for name, layer in layers.items():
+            grad = layer.weight.grad
+            assert grad is not None
+            if self.square:
+                self.square[name].addcmul_(grad, grad, value=share)
+            self.gradient[name].add_(grad, alpha=share)
+            layer.weight.grad = None
+
+
+def gradient_moments(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> GradientMoments:
+    """Moments of the gradient at the model's own weights: one forward and backward pass a sequence."""
     device = next(model.parameters()).device
-    total = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
     with _gradients_of(layers):
-        for row in track(tokens, "Fisher information", total=len(tokens)):
+        moments = GradientMoments.zeros(layers, squares=True)
+        for row in track(tokens, "gradients of the original", total=len(tokens)):
             token_loss(model, row[None].to(device)).backward()
-            for name, layer in layers.items():
-                assert layer.weight.grad is not None
-                total[name].addcmul_(layer.weight.grad, layer.weight.grad)
-                layer.weight.grad = None
-    return total
+            moments.take(layers, 1 / len(tokens))
+    return moments
 
 
 @dataclass(frozen=True)
 class PathIntegral:
-    """The integral of the gradient along w → w̃, with its displacement.
+    """The gradient along the path w → w̃, with its displacement.
 
     Attributes:
-        gradient: ``Σ_k a_k ∇F(w + t_k Δ)`` by layer, float32.
         delta: Δ by layer, float32.
+        moments: of the path-averaged gradient of each sequence, ``ḡ_s = Σ_k a_k ∇F_s(w + t_k Δ)``.
     """
 
-    gradient: dict[str, Tensor]
     delta: dict[str, Tensor]
-
-    def score(self, name: str) -> Tensor:
-        """PQI of every weight of a layer, non-negative."""
-        return (self.gradient[name] * self.delta[name]).abs_()
+    moments: GradientMoments
 
     def predicted(self) -> dict[str, float]:
         """Signed share of ΔF of every layer; the sum predicts ΔF."""
         return {
             name: float(torch.dot(gradient.flatten().double(), self.delta[name].flatten().double()))
-            for name, gradient in self.gradient.items()
+            for name, gradient in self.moments.gradient.items()
         }
 
 
@@ -141,6 +180,8 @@ def integrate(
     *,
     rule: str = "gauss",
     nodes: int = 4,
+    squares: bool = False,
+    cache: MomentsCache | None = None,
     label: str = "post-quantization integral",
 ) -> PathIntegral:
     """Integrate the gradient from the model's weights to ``quantized``.
@@ -150,27 +191,34 @@ def integrate(
         layers: what is moved.
         quantized: w̃ by layer, float32 ``[out_features, in_features]``.
         tokens: int64 ``[num_samples, seq_len]``.
+        rule, nodes: of the quadrature.
+        squares: also collect second moments.
+        cache: where results are kept.
 
     Returns:
         The path integral; costs ``nodes · num_samples`` forward and backward passes.
     """
     device = next(model.parameters()).device
-    points, weights = quadrature(rule, nodes)
+    path = list(zip(*quadrature(rule, nodes), strict=True))
     original = {name: layer.weight.data for name, layer in layers.items()}
     delta = {name: quantized[name].to(device) - original[name] for name in layers}
     moving = {name: weight.clone() for name, weight in original.items()}
-    steps = [(t, a, row) for t, a in zip(points, weights, strict=True) for row in tokens]
-    with weights_replaced(layers, moving), _gradients_of(layers):
-        placed = None
-        for t, a, row in track(steps, label, total=len(steps)):
-            if t != placed:
+    # a sequence walks the whole path before the next one starts: its path-averaged gradient is what gets squared
+    steps = [(row, t, a) for row in tokens for t, a in path]
+
+    def collect() -> dict[str, Tensor]:
+        with weights_replaced(layers, moving), _gradients_of(layers):
+            moments = GradientMoments.zeros(layers, squares=squares)
+            for number, (row, t, a) in enumerate(track(steps, label, total=len(steps)), start=1):
                 for name, weight in moving.items():
                     torch.add(original[name], delta[name], alpha=t, out=weight)
-                placed = t
-            # autograd sums over nodes and sequences by itself
-            (token_loss(model, row[None].to(device)) * (a / len(tokens))).backward()
-        gradient = {}
-        for name, layer in layers.items():
-            assert layer.weight.grad is not None
-            gradient[name] = layer.weight.grad
-    return PathIntegral(gradient, delta)
+                # autograd sums over the nodes by itself
+                (token_loss(model, row[None].to(device)) * a).backward()
+                if number % len(path) == 0:
+                    moments.take(layers, 1 / len(tokens))
+        return moments.flat()
+
+    def key() -> str:
+        return fingerprint(model.state_dict(), delta, tokens, path=path, squares=squares)
+
+    return PathIntegral(delta, GradientMoments.from_flat((cache or MomentsCache()).get(key, device, collect)))

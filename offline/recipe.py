@@ -4,11 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .bases import BASES, Base
+from .metrics import METRICS
 from .pqi import QUADRATURES, quadrature
 
-__all__ = ["DEFAULT_OUTLIERS", "DEFAULT_SIGNIFICANT", "SELECTIONS", "Recipe", "RecipeError"]
+__all__ = ["DEFAULT_OUTLIERS", "DEFAULT_SIGNIFICANT", "OUTLIER_RULES", "Recipe", "RecipeError"]
 
-SELECTIONS = ("requant", "base", "random")
+OUTLIER_RULES = ("magnitude", "range", "base")
 DEFAULT_OUTLIERS, DEFAULT_SIGNIFICANT = 0.0045, 0.0005  # the paper's SqueezeLLM setting
 _MAX_SHARE = 0.1
 
@@ -28,7 +29,10 @@ class Recipe:
         outliers: r_o, share of all quantized weights removed before the dense part is fitted.
         significant: r_s, share detached after it.
         rounds: steps in which r_s is spent (r_s / β).
-        selection: who chooses the sparse positions: "requant" (PQI), "base" (the base's own rule), "random".
+        metric: ranks significant weights and layers, a key of ``METRICS``; with "random" outliers are random too.
+        outlier_rule: how outliers are found inside a layer: largest "magnitude"; largest reduction of the "range" of
+            a group; or "base": the base's own rule for the whole sparse part, which then no metric chooses.
+        refit: quantize the dense part anew around the detached weights.
         quadrature, nodes: how the path is integrated.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
@@ -41,7 +45,9 @@ class Recipe:
     outliers: float = DEFAULT_OUTLIERS
     significant: float = DEFAULT_SIGNIFICANT
     rounds: int = 2
-    selection: str = "requant"
+    metric: str = "pqi"
+    outlier_rule: str = "magnitude"
+    refit: bool = True
     quadrature: str = "gauss"
     nodes: int = 4
     lm_head_bits: int = 16
@@ -60,10 +66,12 @@ class Recipe:
         for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
             if not 0 <= share <= _MAX_SHARE:
                 raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")
-        if self.selection not in SELECTIONS:
-            raise RecipeError(f"--selection {self.selection}: choose one of {', '.join(SELECTIONS)}")
-        if self.selection == "base" and self.base != "squeezellm":
-            raise RecipeError(f"--selection base: {self.base} has no rule of its own for sparse weights")
+        if self.metric not in METRICS:
+            raise RecipeError(f"--metric {self.metric}: choose one of {', '.join(METRICS)}")
+        if self.outlier_rule not in OUTLIER_RULES:
+            raise RecipeError(f"--outlier-rule {self.outlier_rule}: choose one of {', '.join(OUTLIER_RULES)}")
+        if self.outlier_rule == "base" and self.base != "squeezellm":
+            raise RecipeError(f"--outlier-rule base: {self.base} has no rule of its own for sparse weights")
         if self.quadrature not in QUADRATURES:
             raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
         for flag, value in (
@@ -86,10 +94,20 @@ class Recipe:
         return BASES[self.base](self.bits, self.group_size)
 
     @property
+    def ranks(self) -> bool:
+        """Whether the metric is asked at all."""
+        return self.outlier_rule != "base" and (self.outliers > 0 or self.significant > 0)
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the gradients at the original weights are needed, the base's own wish apart."""
+        return self.ranks and METRICS[self.metric].needs_start
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any step looks at text."""
-        uses_path = self.selection == "requant" and (self.outliers > 0 or self.significant > 0)
-        return BASES[self.base].needs_fisher or uses_path
+        chooses = self.ranks and self.metric != "random" and (METRICS[self.metric].needs_path or self.outliers > 0)
+        return bool(BASES[self.base].needs) or self.needs_start or chooses
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,9 +1,11 @@
 """Dense quantizers behind one interface: :class:`~.base.Base` says what one needs and what it returns."""
 
-from .base import Base, DenseLayer
+from .awq import Awq
+from .base import Base, DenseLayer, LayerData, Need
+from .gptq import Gptq
 from .rtn import Rtn
 from .squeezellm import SqueezeLLM
 
-__all__ = ["BASES", "Base", "DenseLayer", "Rtn", "SqueezeLLM"]
+__all__ = ["BASES", "Awq", "Base", "DenseLayer", "Gptq", "LayerData", "Need", "Rtn", "SqueezeLLM"]
 
-BASES: dict[str, type[Base]] = {"rtn": Rtn, "squeezellm": SqueezeLLM}
+BASES: dict[str, type[Base]] = {base.name: base for base in (Rtn, Gptq, Awq, SqueezeLLM)}

@@ -1,13 +1,17 @@
 """The interface of a dense quantizer."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from vllm_requant.format import LayerSpec, QuantizedLayer
 
-__all__ = ["Base", "DenseLayer"]
+from ..statistics import InputStatistics
+
+__all__ = ["Base", "DenseLayer", "LayerData", "Need"]
 
 
 class DenseLayer(NamedTuple):
@@ -21,6 +25,38 @@ class DenseLayer(NamedTuple):
         return QuantizedLayer(self.spec, self.tensors).dense_weight()
 
 
+class Need(Enum):
+    """What a base wants to be measured on the calibration set."""
+
+    FISHER = "Fisher information of the weights"
+    INPUTS = "statistics of the layers' inputs"
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """A layer as a base sees it.
+
+    Attributes:
+        weight: float32 ``[out_features, in_features]``.
+        fisher: of the weights, same shape, non-negative; for bases that need it.
+        inputs: statistics of the inputs; for bases that need them.
+    """
+
+    weight: Tensor
+    fisher: Tensor | None = None
+    inputs: InputStatistics | None = None
+
+    def require_fisher(self) -> Tensor:
+        if self.fisher is None:
+            raise ValueError("this base needs the Fisher information")
+        return self.fisher
+
+    def require_inputs(self) -> InputStatistics:
+        if self.inputs is None:
+            raise ValueError("this base needs the statistics of the inputs")
+        return self.inputs
+
+
 class Base(ABC):
     """A dense quantizer of one weight matrix.
 
@@ -28,13 +64,15 @@ class Base(ABC):
         name: as on the command line.
         bits: allowed widths.
         grouped: whether ``group_size`` means anything to it.
-        needs_fisher: whether :meth:`quantize` wants the Fisher information of the weights.
+        needs: what :meth:`quantize` wants to find in its :class:`LayerData`.
+        folds: whether the model is to be rescaled (:mod:`..folding`) before anything else is done with it.
     """
 
     name: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
     grouped: ClassVar[bool]
-    needs_fisher: ClassVar[bool]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    folds: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, bits: int, group_size: int) -> None: ...
@@ -44,12 +82,11 @@ class Base(ABC):
         """The spec of a layer of that shape; sizes are known from it before any weight is."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, *, removed: Tensor | None = None, fisher: Tensor | None = None) -> DenseLayer:
+    def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
         """Quantize one matrix.
 
         Args:
-            weight: float32 ``[out_features, in_features]``.
-            removed: bool of the same shape: positions that the sparse part will hold. They must not influence
+            layer: the weight and what :attr:`needs` names.
+            removed: bool of the weight's shape: positions that the sparse part will hold. They must not influence
                 ranges or centroids; their codes are those nearest to the weight.
-            fisher: float32 of the same shape, non-negative, when ``needs_fisher``.
         """

@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_requant.format import LutSpec
 from vllm_requant.kernels.bitstream import pack_codes
 
-from .base import Base, DenseLayer
+from .base import Base, DenseLayer, LayerData, Need
 from .kmeans import assign, kmeans_rows
 
 __all__ = ["SqueezeLLM"]
@@ -25,7 +25,7 @@ class SqueezeLLM(Base):
     name: ClassVar[str] = "squeezellm"
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
     grouped: ClassVar[bool] = False
-    needs_fisher: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.FISHER})
 
     def __init__(self, bits: int, group_size: int) -> None:
         self.width = bits
@@ -33,11 +33,9 @@ class SqueezeLLM(Base):
     def spec(self, in_features: int, out_features: int) -> LutSpec:
         return LutSpec(bits=self.width, in_features=in_features, out_features=out_features)  # type: ignore[arg-type]
 
-    def quantize(self, weight: Tensor, *, removed: Tensor | None = None, fisher: Tensor | None = None) -> DenseLayer:
-        rows, columns = weight.shape
-        spec = self.spec(columns, rows)
-        if fisher is None:
-            raise ValueError("squeezellm needs the Fisher information")
+    def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
+        weight, fisher = layer.weight, layer.require_fisher()
+        spec = self.spec(*weight.shape[::-1])
         counted = fisher if removed is None else fisher.masked_fill(removed, 0.0)
         table = kmeans_rows(weight, counted, 1 << self.width).to(torch.float16)
         # codes are nearest to the table as it is stored

@@ -1,12 +1,14 @@
 """Every base obeys its interface, and quantizes better with more bits."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from vllm_requant.format import QuantizedLayer
-from vllm_requant.offline.bases import BASES, Base
+from vllm_requant.offline.bases import BASES, Base, LayerData
+from vllm_requant.offline.statistics import InputStatistics
 
 ROWS, COLUMNS, GROUP = 16, 200, 64
 
@@ -15,11 +17,18 @@ def _all_bases() -> list[tuple[str, int]]:
     return [(name, bits) for name, base in BASES.items() for bits in base.bits]
 
 
-def _inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def _layer(seed: int = 0) -> LayerData:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(ROWS, COLUMNS, generator=generator) * 0.05
     fisher = torch.randn(ROWS, COLUMNS, generator=generator).pow(2)
-    return weight, fisher
+    # inputs of uneven size that are correlated, as activations are
+    x = torch.randn(1000, COLUMNS, generator=generator) @ torch.randn(COLUMNS, COLUMNS, generator=generator) / 14
+    x *= torch.linspace(0.2, 3, COLUMNS)
+    return LayerData(weight, fisher, InputStatistics(x.t() @ x / len(x), x.abs().mean(0)))
+
+
+def _with(weight: torch.Tensor) -> LayerData:
+    return replace(_layer(), weight=weight)
 
 
 def _base(name: str, bits: int) -> Base:
@@ -28,43 +37,43 @@ def _base(name: str, bits: int) -> Base:
 
 @pytest.mark.parametrize(("name", "bits"), _all_bases())
 def test_result_is_a_valid_layer_of_the_promised_spec(name: str, bits: int) -> None:
-    weight, fisher = _inputs()
     base = _base(name, bits)
-    dense = base.quantize(weight, fisher=fisher)
+    dense = base.quantize(_layer())
     assert dense.spec == base.spec(COLUMNS, ROWS)
     QuantizedLayer(dense.spec, dense.tensors).check(name=name)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_error_falls_with_bits(name: str) -> None:
-    weight, fisher = _inputs()
-    errors = [
-        float(((_base(name, bits).quantize(weight, fisher=fisher).weight() - weight) ** 2 * fisher).sum())
-        for bits in BASES[name].bits
-    ]
+    layer = _layer()
+    hessian = layer.require_inputs().hessian
+    errors = []
+    for bits in BASES[name].bits:
+        error = _base(name, bits).quantize(layer).weight() - layer.weight
+        errors.append(float((error @ hessian * error).sum()))
     # a bit more divides the squared error by about 4
     assert all(later < 0.5 * earlier for earlier, later in itertools.pairwise(errors)), errors
 
 
 @pytest.mark.parametrize(("name", "bits"), _all_bases())
 def test_removed_weights_do_not_influence_the_rest(name: str, bits: int) -> None:
-    weight, fisher = _inputs()
+    weight = _layer().weight
     removed = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     removed[:, ::17] = True
     wild = weight.masked_fill(removed, 100.0)
     tame = weight.masked_fill(removed, 0.001)
     base = _base(name, bits)
-    with_wild = base.quantize(wild, removed=removed, fisher=fisher).weight()
-    with_tame = base.quantize(tame, removed=removed, fisher=fisher).weight()
+    with_wild = base.quantize(_with(wild), removed).weight()
+    with_tame = base.quantize(_with(tame), removed).weight()
     assert torch.equal(with_wild[~removed], with_tame[~removed])
     # without removal they do, or the test above would prove nothing
-    assert not torch.equal(base.quantize(wild, fisher=fisher).weight()[~removed], with_wild[~removed])
+    assert not torch.equal(base.quantize(_with(wild)).weight()[~removed], with_wild[~removed])
 
 
 @pytest.mark.parametrize("bits", BASES["rtn"].bits)
 def test_rtn_error_is_at_most_half_a_step(bits: int) -> None:
-    weight, _ = _inputs()
-    dense = _base("rtn", bits).quantize(weight)
+    weight = _layer().weight
+    dense = _base("rtn", bits).quantize(LayerData(weight))
     group = torch.arange(COLUMNS) // GROUP
     step = dense.tensors["scales"].float()[:, group]
     # half a step, plus another half where the rounded zero point clips an extreme, plus the scale's own rounding
@@ -75,31 +84,59 @@ def test_rtn_error_is_at_most_half_a_step(bits: int) -> None:
 
 def test_rtn_keeps_zero_exactly() -> None:
     """Zero is representable in every group, also where all weights have one sign."""
-    weight, _ = _inputs()
-    weight = weight.abs()
+    weight = _layer().weight.abs()
     weight[:, ::5] = 0
-    assert (_base("rtn", 3).quantize(weight).weight()[:, ::5] == 0).all()
+    assert (_base("rtn", 3).quantize(LayerData(weight)).weight()[:, ::5] == 0).all()
 
 
 def test_rtn_survives_a_constant_group() -> None:
     weight = torch.zeros(4, 128)
-    dense = _base("rtn", 4).quantize(weight)
+    dense = _base("rtn", 4).quantize(LayerData(weight))
     QuantizedLayer(dense.spec, dense.tensors).check(name="zero")
     assert (dense.weight() == 0).all()
 
 
 def test_squeezellm_follows_the_fisher_information() -> None:
     """Weights that matter more are represented better."""
-    weight, _ = _inputs()
+    weight = _layer().weight
     important = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     important[:, :8] = True
     fisher = torch.where(important, 1e4, 1.0)
-    error = (_base("squeezellm", 3).quantize(weight, fisher=fisher).weight() - weight).abs()
-    flat = (_base("squeezellm", 3).quantize(weight, fisher=torch.ones_like(weight)).weight() - weight).abs()
+    error = (_base("squeezellm", 3).quantize(LayerData(weight, fisher)).weight() - weight).abs()
+    flat = (_base("squeezellm", 3).quantize(LayerData(weight, torch.ones_like(weight))).weight() - weight).abs()
     assert error[important].mean() < 0.3 * flat[important].mean()
     assert error[~important].mean() > flat[~important].mean()
 
 
-def test_squeezellm_without_fisher_is_refused() -> None:
-    with pytest.raises(ValueError, match="Fisher"):
-        _base("squeezellm", 4).quantize(_inputs()[0])
+@pytest.mark.parametrize(("name", "what"), [("squeezellm", "Fisher"), ("gptq", "inputs"), ("awq", "inputs")])
+def test_what_a_base_needs_is_demanded(name: str, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        _base(name, 4).quantize(LayerData(_layer().weight))
+
+
+def _output_error(name: str, layer: LayerData, bits: int) -> float:
+    error = _base(name, bits).quantize(layer).weight() - layer.weight
+    return float((error @ layer.require_inputs().hessian * error).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_looking_at_the_inputs_lowers_the_output_error(bits: int) -> None:
+    layer = _layer()
+    rtn, clipped, gptq = (_output_error(name, layer, bits) for name in ("rtn", "awq", "gptq"))
+    assert clipped < rtn
+    assert gptq < 0.8 * clipped
+
+
+def test_gptq_compensates_around_exact_weights() -> None:
+    """Columns that the sparse part holds exactly take part in the feedback, at no error of their own."""
+    layer = _layer()
+    hessian = layer.require_inputs().hessian
+    exact = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    exact[:, ::9] = True
+
+    def error(removed: torch.Tensor | None) -> float:
+        weight = _base("gptq", 3).quantize(layer, removed).weight()
+        left = torch.where(exact, layer.weight, weight) - layer.weight
+        return float((left @ hessian * left).sum())
+
+    assert error(exact) < 0.9 * error(None)

@@ -6,7 +6,9 @@ import torch
 
 from tests import tiny
 from vllm_requant.offline import pqi
-from vllm_requant.offline.bases import Rtn
+from vllm_requant.offline.bases import LayerData, Rtn
+from vllm_requant.offline.cache import MomentsCache
+from vllm_requant.offline.metrics import METRICS, Sensitivity
 from vllm_requant.offline.models import find_layers
 
 
@@ -15,7 +17,7 @@ def setting():  # type: ignore[no-untyped-def]
     model = tiny.model()
     model.requires_grad_(False)
     layers = find_layers(model)
-    quantized = {name: Rtn(3, 32).quantize(layer.weight.data).weight() for name, layer in layers.items()}
+    quantized = {name: Rtn(3, 32).quantize(LayerData(layer.weight.data)).weight() for name, layer in layers.items()}
     tokens = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
     return model, layers, quantized, tokens
 
@@ -71,42 +73,81 @@ def test_signed_sum_predicts_the_change_of_loss(setting) -> None:  # type: ignor
     assert abs(sum(first_order.predicted().values()) - actual) / abs(actual) > error[8]
 
 
-def test_score_is_the_definition(setting) -> None:  # type: ignore[no-untyped-def]
-    """|Δ · Σ_k a_k mean_s ∇F_s(w + t_k Δ)|, computed the long way with one gradient per node and sequence."""
+def _gradient(model, layer, weights, row):  # type: ignore[no-untyped-def]
+    """One gradient of one sequence, the long way."""
+    layers = find_layers(model)
+    with pqi.weights_replaced(layers, weights):
+        layer.weight.requires_grad_(True)
+        logits = model(row[None]).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, row[1:])
+        gradient = torch.autograd.grad(loss, layer.weight)[0]
+        layer.weight.requires_grad_(False)
+    return gradient
+
+
+def test_scores_are_the_definitions(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
-    integral = pqi.integrate(model, layers, quantized, tokens, rule="midpoint", nodes=2)
+    path = pqi.integrate(model, layers, quantized, tokens, rule="midpoint", nodes=2, squares=True)
+    start = pqi.gradient_moments(model, layers, tokens)
     name = list(layers)[3]
-    weight = layers[name].weight
-    expected = torch.zeros_like(weight)
-    for t in (0.25, 0.75):
-        moved = {n: layer.weight.data + t * (quantized[n] - layer.weight.data) for n, layer in layers.items()}
-        with pqi.weights_replaced(layers, moved):
-            for row in tokens:
-                weight.requires_grad_(True)
-                logits = model(row[None]).logits[0, :-1]
-                loss = torch.nn.functional.cross_entropy(logits, row[1:])
-                expected += 0.5 / len(tokens) * torch.autograd.grad(loss, weight)[0]
-                weight.requires_grad_(False)
-    delta = quantized[name] - weight.data
-    torch.testing.assert_close(integral.score(name), (delta * expected).abs(), rtol=1e-3, atol=1e-9)
+    weight = layers[name].weight.data.clone()
+    delta = quantized[name] - weight
+    at_start, along = [], []
+    for row in tokens:
+        at_start.append(_gradient(model, layers[name], {n: la.weight.data for n, la in layers.items()}, row))
+        halves = [
+            {n: la.weight.data + t * (quantized[n] - la.weight.data) for n, la in layers.items()} for t in (0.25, 0.75)
+        ]
+        along.append(sum(0.5 * _gradient(model, layers[name], moved, row) for moved in halves))
+    expected = {
+        "pqi": (delta * torch.stack(along).mean(0)).abs(),
+        "path-fisher": delta**2 * torch.stack(along).square().mean(0),
+        "fisher": delta**2 * torch.stack(at_start).square().mean(0),
+        "first-order": (delta * torch.stack(at_start).mean(0)).abs(),
+        "magnitude": weight.abs(),
+    }
+    known = Sensitivity.of(name, weight, delta, start, path, torch.Generator())
+    for metric, values in expected.items():
+        torch.testing.assert_close(METRICS[metric].score(known), values, rtol=1e-3, atol=1e-9)
+    random = METRICS["random"].score(known)
+    assert 0.45 < random.mean() < 0.55
+
+
+def test_a_metric_demands_what_it_needs(setting) -> None:  # type: ignore[no-untyped-def]
+    model, layers, quantized, tokens = setting
+    name = next(iter(layers))
+    path = pqi.integrate(model, layers, quantized, tokens, nodes=1)
+    known = Sensitivity.of(name, layers[name].weight.data, quantized[name], None, path, torch.Generator())
+    for metric in ("path-fisher", "fisher", "first-order"):
+        with pytest.raises(ValueError, match="not collected"):
+            METRICS[metric].score(known)
+
+
+def test_cached_moments_are_the_computed_ones(setting, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model, layers, quantized, tokens = setting
+    cache = MomentsCache(tmp_path)
+    first, again = (pqi.integrate(model, layers, quantized, tokens, nodes=2, cache=cache) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == 1
+    other = {**quantized, (name := next(iter(layers))): quantized[name] + 1e-3}
+    pqi.integrate(model, layers, other, tokens, nodes=2, cache=cache)
+    pqi.integrate(model, layers, quantized, tokens, nodes=3, cache=cache)
+    pqi.integrate(model, layers, quantized, tokens[:2], nodes=2, cache=cache)
+    assert len(list(tmp_path.iterdir())) == 4
+    for name in layers:
+        assert torch.equal(first.moments.gradient[name], again.moments.gradient[name])
+    # a damaged entry is computed anew
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"broken")
+    repaired = pqi.integrate(model, layers, quantized, tokens, nodes=2, cache=cache)
+    assert torch.equal(repaired.moments.gradient[name], first.moments.gradient[name])
 
 
 def test_model_is_left_as_it_was(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
     before = {name: layer.weight.clone() for name, layer in layers.items()}
     pqi.integrate(model, layers, quantized, tokens, nodes=1)
-    pqi.fisher_information(model, layers, tokens)
+    pqi.gradient_moments(model, layers, tokens)
     for name, layer in layers.items():
         assert torch.equal(layer.weight, before[name])
         assert layer.weight.grad is None
         assert not layer.weight.requires_grad
-
-
-def test_fisher_is_the_sum_of_squared_sequence_gradients(setting) -> None:  # type: ignore[no-untyped-def]
-    model, layers, _, tokens = setting
-    fisher = pqi.fisher_information(model, layers, tokens)
-    name = next(iter(layers))
-    one_by_one = [pqi.fisher_information(model, layers, row[None])[name] for row in tokens]
-    torch.testing.assert_close(fisher[name], sum(one_by_one))
-    together = (pqi.integrate(model, layers, {n: la.weight + 1 for n, la in layers.items()}, tokens, nodes=1)).gradient
-    assert not torch.allclose(fisher[name], together[name] ** 2)

@@ -6,11 +6,11 @@ import torch
 from vllm_requant.offline.outliers import (
     adaptive_counts,
     largest_magnitude,
+    largest_range_reduction,
     random_positions,
     squeezellm_positions,
     top_over_layers,
 )
-from vllm_requant.offline.pqi import PathIntegral
 from vllm_requant.offline.significant import detach_steps
 
 NUMEL = {"a": 10_000, "b": 40_000, "c": 1_000}
@@ -82,28 +82,35 @@ def test_squeezellm_positions_are_its_rule() -> None:
     assert abs(masks["a"].float().mean() - masks["b"].float().mean()) < 0.004
 
 
+def test_range_rule_removes_what_spans_the_group() -> None:
+    weight = torch.full((2, 64), 0.1)
+    weight[0, 3], weight[0, 40] = 5.0, -5.0  # one extreme in each group of row 0
+    weight[1, 10], weight[1, 11], weight[1, 60] = 4.0, 4.0, 3.0  # two equal extremes must go together
+    mask = largest_range_reduction({"a": weight}, {"a": 5}, 32)["a"]
+    assert mask.nonzero().tolist() == [[0, 3], [0, 40], [1, 10], [1, 11], [1, 60]]
+    # a row with the same largest weights everywhere gains nothing from losing one
+    even = torch.cat([weight[:1], torch.full((1, 64), 6.0)])
+    assert largest_range_reduction({"a": even}, {"a": 2}, 32)["a"].nonzero().tolist() == [[0, 3], [0, 40]]
+    assert largest_magnitude({"a": even}, {"a": 2})["a"][1].sum() == 2
+
+
 def test_detach_spends_the_budget_once_each_and_measures_anew() -> None:
     torch.manual_seed(0)
-    delta = {"a": torch.rand(20, 20) + 0.5, "b": torch.rand(10, 30) + 0.5}
-    gradients = [{name: torch.randn_like(d) for name, d in delta.items()} for _ in range(3)]
-    outlier = {name: torch.zeros_like(d, dtype=torch.bool) for name, d in delta.items()}
+    scores = [{"a": torch.rand(20, 20), "b": torch.rand(10, 30)} for _ in range(3)]
+    outlier = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores[0].items()}
     outlier["a"][0, :5] = True
     seen = []
 
-    def integrate(masks: dict[str, torch.Tensor], number: int) -> PathIntegral:
+    def measure(masks: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
         seen.append({name: mask.clone() for name, mask in masks.items()})
-        left = {name: torch.where(masks[name], 0.0, d) for name, d in delta.items()}
-        return PathIntegral(gradients[number], left)
+        return scores[number]
 
-    masks, integrals = detach_steps(integrate, outlier, 100, 3)
-    assert len(integrals) == 3
+    masks = detach_steps(measure, outlier, 100, 3)
     counts = [sum(int(mask.sum()) for mask in step.values()) for step in [*seen, masks]]
     assert counts == [5, 38, 71, 105]
     assert (masks["a"] | ~outlier["a"]).all()
-    # the first round's choice is the top of the first integral over both layers
-    score = torch.cat(
-        [(gradients[0][name] * delta[name]).abs().masked_fill(outlier[name], -1).flatten() for name in delta]
-    )
-    chosen = torch.cat([(seen[1][name] & ~outlier[name]).flatten() for name in delta])
-    assert score[chosen].min() >= score[~chosen].max()
+    # the first round's choice is the top of the first scores over both layers, outliers apart
+    flat = torch.cat([scores[0][name].masked_fill(outlier[name], -1).flatten() for name in outlier])
+    chosen = torch.cat([(seen[1][name] & ~outlier[name]).flatten() for name in outlier])
+    assert flat[chosen].min() >= flat[~chosen].max()
     assert not outlier["b"].any(), "the caller's masks are not changed"

@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 def command(
     model: Annotated[str, typer.Argument(help="Local folder, Hub id, or GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint; must not exist.")],
-    base: Annotated[str, typer.Option(help="Dense quantizer: squeezellm or rtn.")] = "squeezellm",
+    base: Annotated[str, typer.Option(help="Dense quantizer: squeezellm, awq, gptq or rtn.")] = "squeezellm",
     bits: Annotated[int, typer.Option(help="Bits of a dense code.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, and the head).")] = 64,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, gptq, awq, and the head).")] = 64,
     outliers: Annotated[
         float, typer.Option(parser=share, metavar="SHARE", help="Outliers removed before the dense fit.")
     ] = "0.45%",  # type: ignore[assignment]
@@ -31,10 +31,14 @@ def command(
         float, typer.Option(parser=share, metavar="SHARE", help="Significant weights detached after it.")
     ] = "0.05%",  # type: ignore[assignment]
     rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached.")] = 2,
-    selection: Annotated[
+    metric: Annotated[
         str,
-        typer.Option(help="Who picks the sparse positions: requant, base (its own rule), random (control)."),
-    ] = "requant",
+        typer.Option(help="Ranks weights: pqi, path-fisher, fisher, first-order; magnitude, random (controls)."),
+    ] = "pqi",
+    outlier_rule: Annotated[
+        str, typer.Option(help="Outliers in a layer: magnitude, range, or base (its own rule for all sparse weights).")
+    ] = "magnitude",
+    refit: Annotated[bool, typer.Option(help="Quantize anew around the detached weights.")] = True,
     lm_head_bits: Annotated[int, typer.Option(help="8 or 4 quantizes the output head (rtn); 16 leaves it.")] = 16,
     calibration_dataset: Annotated[
         str, typer.Option(help="self (sampled from the model), a text or JSONL file, or a Hub data set.")
@@ -47,6 +51,7 @@ def command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of calibration and controls.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps path integrals for later conversions.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -67,7 +72,9 @@ def command(
             outliers=outliers,
             significant=significant,
             rounds=rounds,
-            selection=selection,
+            metric=metric,
+            outlier_rule=outlier_rule,
+            refit=refit,
             quadrature=quadrature,
             nodes=nodes,
             lm_head_bits=lm_head_bits,
@@ -94,6 +101,7 @@ def command(
             revision=revision,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
+            cache=cache,
         )
         _show(result, as_json)
 
@@ -108,6 +116,7 @@ def _convert(
     revision: str | None,
     overwrite: bool,
     max_shard_size: str,
+    cache: Path | None,
 ) -> dict[str, Any]:
     from ..offline.models import load_causal_lm
     from ..offline.save import convert_and_save
@@ -116,7 +125,13 @@ def _convert(
     log.info("loading %s", model)
     lm = load_causal_lm(model, revision=revision, dtype=dtype)
     config, conversion = convert_and_save(
-        lm, output, recipe, dataset=dataset, overwrite=overwrite, max_shard_size=max_shard_size
+        lm,
+        output,
+        recipe,
+        dataset=dataset,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        cache=cache,
     )
     report = conversion.report
     return {

@@ -1,0 +1,81 @@
+"""AWQ: activation-aware channel scales, then clipped group-wise ranges (arXiv 2306.00978)."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..folding import Fold
+from ..statistics import InputStatistics
+from .base import DenseLayer, LayerData, Need
+from .uniform import UniformBase, block_loss, column_groups, grouped, minmax_grid, nearest, searched_grid, to_layer
+
+__all__ = ["Awq"]
+
+_RATIOS = 20
+
+
+class Awq(UniformBase):
+    """Channel scales ``E|x|^α / mean|w|^β``, folded into the model; then each group's range is clipped.
+
+    Both searches minimize the squared error of a layer's output. The authors' code measures it by running the
+    judged module; here it follows exactly, over all calibration tokens, from the second moment of the inputs.
+    """
+
+    name: ClassVar[str] = "awq"
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
+    folds: ClassVar[bool] = True
+
+    def fold_scale(self, fold: Fold, inputs: Mapping[str, InputStatistics]) -> Tensor:
+        """The scale of every channel of a place where channels can be rescaled.
+
+        Args:
+            fold: where.
+            inputs: statistics by layer name, of the model as it is.
+
+        Returns:
+            float32 ``[channels]``, positive; ones where nothing is better.
+        """
+        weights = [layer.weight.data for layer in fold.consumers.values()]
+        statistics = inputs[next(iter(fold.consumers))]
+        activation = fold.per_channel(statistics.mean_abs).clamp(min=1e-8)
+        magnitude = fold.per_channel(self._relative_magnitude(weights)).clamp(min=1e-4)
+        best, best_loss = torch.ones_like(activation), torch.inf
+        candidates = [torch.ones_like(activation)]
+        for step in range(1, _RATIOS + 1):
+            ratio = step / _RATIOS
+            candidates.append(activation**ratio)
+            candidates.append(activation**ratio / magnitude ** (1 - ratio))
+        for candidate in candidates:
+            scale = candidate.clamp(min=1e-4)
+            scale = scale / torch.sqrt(scale.max() * scale.min())
+            loss = self._loss(weights, fold.spread(scale), statistics.hessian)
+            if loss < best_loss:
+                best, best_loss = scale, loss
+        return best
+
+    def _relative_magnitude(self, weights: list[Tensor]) -> Tensor:
+        """Mean over all rows of |w| relative to the largest of its group: ``[in_features]``."""
+        total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+        for weight in weights:
+            parts = grouped(weight.abs(), self.group_size)
+            relative = parts / parts.amax(2, keepdim=True).clamp(min=1e-12)
+            total += relative.flatten(1)[:, : weight.shape[1]].sum(0)
+        return total / sum(len(weight) for weight in weights)
+
+    def _loss(self, weights: list[Tensor], scale: Tensor, hessian: Tensor) -> float:
+        loss = 0.0
+        for weight in weights:
+            scaled = weight * scale
+            grid = minmax_grid(scaled, self.group_size, self.width)
+            wide = grid.columns(column_groups(weight.shape[1], self.group_size, weight.device))
+            error = (wide.values(wide.codes(scaled)) / scale).sub_(weight)
+            loss += float(((error @ hessian) * error).sum(dtype=torch.float64))
+        return loss
+
+    def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
+        weight, hessian = layer.weight, layer.require_inputs().hessian
+        grid = searched_grid(weight, self.group_size, self.width, block_loss(hessian, self.group_size), removed)
+        return to_layer(self.spec(*weight.shape[::-1]), nearest(weight, grid, self.group_size), grid)

@@ -1,0 +1,108 @@
+"""Error feedback: quantize column by column and let the columns that follow make up for each error.
+
+The loop of GPTQ (arXiv 2210.17323), for any scalar quantizer: what is minimized is ``tr(E H Eᵀ)``, E the weight's
+error and H the second moment of the inputs.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["compensate", "inverse_factor"]
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 128
+_DAMPING, _MAX_DAMPING = 0.01, 1.0
+
+Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""``(column, values [rows]) → (codes [rows], dequantized [rows])``"""
+
+
+def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
+    """Upper Cholesky factor U of ``(H + λI)⁻¹ = Uᵀ U``.
+
+    λ starts at ``damping`` times the mean diagonal. A matrix that is not positive definite even so, as few tokens
+    or a dead input make it, is an expected state: λ grows tenfold, a bounded number of times.
+
+    Args:
+        hessian: ``[columns, columns]``, symmetric, non-negative diagonal.
+        damping: first λ over the mean of the diagonal.
+
+    Returns:
+        float32 ``[columns, columns]``.
+
+    Raises:
+        ValueError: the matrix holds a value that is not finite, or no damping helped.
+    """
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the second moment of the inputs is not finite")
+    wide = hessian.double()
+    mean = wide.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    while True:
+        damped = wide + torch.eye(len(wide), dtype=wide.dtype, device=wide.device) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float()
+        if damping >= _MAX_DAMPING:
+            raise ValueError(f"the second moment of the inputs is not positive definite at damping {damping:g}")
+        damping = min(10 * damping, _MAX_DAMPING)
+        log.warning("Cholesky factorization failed; trying again with damping %g", damping)
+
+
+def compensate(
+    weight: Tensor,
+    hessian: Tensor,
+    nearest: Nearest,
+    *,
+    exact: Tensor | None = None,
+    damping: float = _DAMPING,
+) -> Tensor:
+    """Codes of a matrix, chosen column by column with error feedback.
+
+    Columns go in the order of decreasing ``H_jj``: where inputs are large, errors are made while all the others can
+    still compensate for them.
+
+    Args:
+        weight: float32 ``[rows, columns]``.
+        hessian: float32 ``[columns, columns]``.
+        nearest: the quantizer of one column.
+        exact: bool ``[rows, columns]``: positions that will be ``weight`` itself, as the residual makes them. Their
+            error is what feedback has moved them by.
+        damping: as in :func:`inverse_factor`.
+
+    Returns:
+        Codes ``[rows, columns]`` of the dtype that ``nearest`` gives.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], damping)
+    # column-major: the loop reads and writes columns
+    original = weight.t()[order].contiguous()
+    fixed = None if exact is None else exact.t()[order].contiguous()
+    # at an exact position only the displacement counts: it is kept about 0, where a large weight costs no precision
+    moved = original.clone() if fixed is None else original.masked_fill(fixed, 0.0)
+    columns = len(moved)
+    where = order.tolist()
+    codes: list[Tensor] = []
+    for begin in range(0, columns, _BLOCK):
+        end = min(begin + _BLOCK, columns)
+        errors = torch.empty_like(moved[begin:end])
+        for j in range(begin, end):
+            if fixed is None:
+                code, value = nearest(where[j], moved[j])
+            else:
+                code, value = nearest(where[j], torch.where(fixed[j], original[j], moved[j]))
+                value = value.masked_fill(fixed[j], 0.0)
+            codes.append(code)
+            error = (moved[j] - value) / factor[j, j]
+            errors[j - begin] = error
+            moved[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+        moved[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
+    stacked = torch.stack(codes)
+    result = torch.empty_like(stacked)
+    result[order] = stacked
+    return result.t().contiguous()

@@ -1,0 +1,92 @@
+"""What a weight's quantization costs: the measures by which weights can be ranked.
+
+All of them come from the same passes: the gradients at the original weights, and the integral along the path to the
+quantized ones.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pqi import GradientMoments, PathIntegral
+
+__all__ = ["METRICS", "Metric", "Sensitivity"]
+
+
+class Sensitivity(NamedTuple):
+    """What is known about one layer.
+
+    Attributes:
+        weight: w, float32 ``[out_features, in_features]``.
+        delta: w̃ − w.
+        start_gradient, start_square: moments of the gradient at w; None if the metric needs no start.
+        path_gradient, path_square: moments of the path-averaged gradient; None if it needs no path.
+        generator: for the random control.
+    """
+
+    weight: Tensor
+    delta: Tensor
+    start_gradient: Tensor | None
+    start_square: Tensor | None
+    path_gradient: Tensor | None
+    path_square: Tensor | None
+    generator: torch.Generator
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        weight: Tensor,
+        delta: Tensor,
+        start: GradientMoments | None,
+        path: PathIntegral | None,
+        generator: torch.Generator,
+    ) -> "Sensitivity":
+        """Pick one layer out of the moments of all."""
+        return cls(
+            weight,
+            delta,
+            start.gradient[name] if start is not None else None,
+            start.square[name] if start is not None else None,
+            path.moments.gradient[name] if path is not None else None,
+            path.moments.square.get(name) if path is not None else None,
+            generator,
+        )
+
+
+class Metric(NamedTuple):
+    """A measure.
+
+    Attributes:
+        score: non-negative, of every weight of a layer; comparable between layers.
+        needs_start: whether it looks at the gradients at w.
+        needs_path: whether it looks at the path integral.
+        needs_squares: whether it looks at the path's second moments.
+    """
+
+    score: Callable[[Sensitivity], Tensor]
+    needs_start: bool = False
+    needs_path: bool = False
+    needs_squares: bool = False
+
+
+def _given(moment: Tensor | None) -> Tensor:
+    if moment is None:
+        raise ValueError("the metric needs a moment that was not collected")
+    return moment
+
+
+METRICS: dict[str, Metric] = {
+    # arXiv 2503.01901: |Δ · path-averaged gradient|, averaged over the set before the absolute value
+    "pqi": Metric(lambda s: (s.delta * _given(s.path_gradient)).abs_(), needs_path=True),
+    # ours: PQI's path with Fisher's second moment, which over-fits a small calibration set less
+    "path-fisher": Metric(lambda s: s.delta.square().mul_(_given(s.path_square)), needs_path=True, needs_squares=True),
+    # the diagonal second-order estimate with the empirical Fisher information for the Hessian (SqueezeLLM)
+    "fisher": Metric(lambda s: s.delta.square().mul_(_given(s.start_square)), needs_start=True),
+    "first-order": Metric(lambda s: (s.delta * _given(s.start_gradient)).abs_(), needs_start=True),
+    # controls
+    "magnitude": Metric(lambda s: s.weight.abs()),
+    "random": Metric(lambda s: torch.rand(s.weight.shape, generator=s.generator).to(s.weight.device)),
+}
