@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,17 +146,21 @@ def _sample_from_model(model: Any, tokenizer: Any, num_samples: int, seq_len: in
     first = vocabulary[torch.randint(len(vocabulary), (num_samples, 1), generator=generator)]
     prompts = first if start is None else torch.cat([torch.full((num_samples, 1), start), first], dim=1)
     device = next(model.parameters()).device
-    batches = []
-    for prompt in track(
-        prompts.split(_GENERATION_BATCH), "sampling calibration text", -(-num_samples // _GENERATION_BATCH)
-    ):
-        batches.append(_sample_batch(model, prompt.to(device), seq_len, generator).cpu())
-    return torch.cat(batches)
+    batches = prompts.split(_GENERATION_BATCH)
+    steps = len(batches) * max(seq_len - prompts.shape[1], 0)
+    ticks = iter(track(range(steps), "sampling calibration text", total=steps))
+    sampled = [_sample_batch(model, batch.to(device), seq_len, generator, ticks).cpu() for batch in batches]
+    next(ticks, None)  # ends the bar
+    return torch.cat(sampled)
 
 
-def _sample_batch(model: Any, tokens: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:
+def _sample_batch(
+    model: Any, tokens: Tensor, seq_len: int, generator: torch.Generator, ticks: Iterator[int]
+) -> Tensor:
+    """Extend ``tokens`` to ``seq_len``; each new position takes one of ``ticks``."""
     step, cache = tokens, None
     while tokens.shape[1] < seq_len:
+        next(ticks)
         output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         # the draw is on the CPU in float64: the same on every device up to the logits themselves
