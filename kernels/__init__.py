@@ -17,7 +17,11 @@ from .ops import FUSED_BATCH
 
 __all__ = ["FUSED_BATCH", "NativeCodeError", "embedding", "kernel_path", "linear", "repack"]
 
-_DENSE = {"uniform": ("qweight", "scales", "qzeros"), "lut": ("qweight", "lookup_table")}
+_DENSE = {
+    "uniform": ("qweight", "scales", "qzeros"),
+    "lut": ("qweight", "lookup_table"),
+    "trellis": ("qweight", "scales", "signs_in", "signs_out"),
+}
 _SPARSE = ("sparse_indptr", "sparse_indices", "sparse_values")
 
 
@@ -32,19 +36,20 @@ def repack(
     tensors: Mapping[str, Tensor],
     *,
     bits: int,
-    group_size: int,
+    group_size: int = 0,
+    state_bits: int = 0,
     in_features: int,
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     """Turn the canonical tensors of a layer into run-time tensors for ``device``.
 
     Args:
-        kind: ``"uniform"`` or ``"lut"``.
-        tensors: by suffix, types and shapes as in SPEC.md, section 4: ``qweight``, ``scales``, ``qzeros`` or
-            ``qweight``, ``lookup_table``; then ``sparse_indptr``, ``sparse_indices``, ``sparse_values`` or none
-            of these three.
+        kind: ``"uniform"``, ``"lut"`` or ``"trellis"``.
+        tensors: by suffix, types and shapes as in SPEC.md, section 4: those of the kind; then ``sparse_indptr``,
+            ``sparse_indices``, ``sparse_values`` or none of these three.
         bits: width of a code.
         group_size: columns that share a scale; 0 for kinds without groups.
+        state_bits: width of a trellis state; 0 for other kinds.
         in_features: columns of the weight.
         device: where :func:`linear` will run.
 
@@ -53,7 +58,8 @@ def repack(
         The set of names depends on ``kind`` alone: without a sparse part the sparse tensors are empty.
 
         On the CPU ``qweight`` is a flat uint8 tensor in the layout of cpu/kernels.h and ``qzeros`` holds a
-        zero point a byte, ``[out_features, groups]``. On other devices both are the canonical ones. On every
+        zero point a byte, ``[out_features, groups]``. On other devices both are the canonical ones, and so is a
+        trellis on every device; its signs become float32 with the factor of the Hadamard transform. On every
         device uint16 ``sparse_indices`` become the int16 of the same bits: torch computes little on uint16.
 
     Raises:
@@ -77,6 +83,13 @@ def repack(
             packed[name] = torch.empty(0, dtype=dtype, device=device)
         elif name == "sparse_indices" and tensors[name].dtype == torch.uint16:
             packed[name] = copied(tensors[name].view(torch.int16))
+        elif kind == "trellis" and name.startswith("signs"):
+            # features come in blocks of at least 16, so there are no pad bits
+            features = 8 * tensors[name].numel()
+            block = features // tensors["scales"].shape[0 if name == "signs_out" else 1]
+            packed[name] = copied((1 - 2 * unpack_codes(tensors[name][None], 1, features)[0].float()) * block**-0.5)
+        elif kind == "trellis":
+            packed[name] = copied(tensors[name])
         elif device.type == "cpu" and name == "qweight":
             source = tensors[name].cpu() if first.type != "cpu" else tensors[name]
             packed[name] = cpu.repack_codes(source, bits=bits, in_features=in_features)
@@ -87,7 +100,9 @@ def repack(
     return packed
 
 
-def linear(kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, group_size: int) -> Tensor:
+def linear(
+    kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, group_size: int = 0, state_bits: int = 0
+) -> Tensor:
     """``x · (dense + sparse)ᵀ``, accumulated in float32.
 
     On the CPU batches of up to :data:`FUSED_BATCH` rows are multiplied with exact float32 weights, and
@@ -97,7 +112,7 @@ def linear(kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, gr
     Args:
         x: ``[..., in_features]``, float32, bfloat16 or float16, on the device of the weights.
         weights: what :func:`repack` returned.
-        bits, group_size: as given to :func:`repack`.
+        bits, group_size, state_bits: as given to :func:`repack`.
 
     Returns:
         ``[..., out_features]`` of ``x.dtype``.
@@ -110,7 +125,9 @@ def linear(kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, gr
     tensors = [weights[name] for name in _names(kind)]
     if kind == "uniform":
         return torch.ops.requant.uniform_linear(x, *tensors, bits, group_size)  # type: ignore[no-any-return]
-    return torch.ops.requant.lut_linear(x, *tensors, bits)  # type: ignore[no-any-return]
+    if kind == "lut":
+        return torch.ops.requant.lut_linear(x, *tensors, bits)  # type: ignore[no-any-return]
+    return torch.ops.requant.trellis_linear(x, *tensors, bits, state_bits)  # type: ignore[no-any-return]
 
 
 def embedding(
@@ -119,11 +136,11 @@ def embedding(
     weights: Mapping[str, Tensor],
     *,
     bits: int,
-    group_size: int,
+    group_size: int = 0,
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows ``ids`` of ``dense + sparse``.
+    """Rows ``ids`` of ``dense + sparse``; not for the ``trellis`` kind, whose rows are mixed.
 
     Args:
         ids: integers ``[...]`` in ``[0, out_features)``.
@@ -143,6 +160,8 @@ def embedding(
         return torch.ops.requant.uniform_embedding(  # type: ignore[no-any-return]
             ids, *tensors, bits, group_size, in_features, dtype
         )
+    if kind != "lut":
+        raise ValueError(f"no rows can be looked up in {kind} weights")
     return torch.ops.requant.lut_embedding(ids, *tensors, bits, in_features, dtype)  # type: ignore[no-any-return]
 
 

@@ -1,9 +1,9 @@
-"""The torch ops ``requant::{uniform,lut}_{linear,embedding}``, opaque to torch.compile.
+"""The torch ops ``requant::{uniform,lut,trellis}_linear`` and ``requant::{uniform,lut}_embedding``.
 
-An op takes the run-time tensors that :func:`vllm_requant.kernels.repack` made for the device of ``x``. Which
-code runs for which batch size is decided inside the op, because vLLM traces a model once with a symbolic
-batch size. On the CPU the native kernels run; elsewhere the tensors are the canonical ones and plain torch
-runs, without a synchronisation with the host.
+They are opaque to torch.compile. An op takes the run-time tensors that :func:`vllm_requant.kernels.repack` made for
+the device of ``x``. Which code runs for which batch size is decided inside the op, because vLLM traces a model once
+with a symbolic batch size. On the CPU the native kernels run; elsewhere the tensors are the canonical ones and plain
+torch runs, without a synchronisation with the host.
 """
 
 import torch
@@ -25,6 +25,8 @@ _SCHEMAS = {
     "uniform_linear": f"(Tensor x, Tensor qweight, Tensor scales, Tensor qzeros, {_SPARSE}, "
     "int bits, int group_size) -> Tensor",
     "lut_linear": f"(Tensor x, Tensor qweight, Tensor lookup_table, {_SPARSE}, int bits) -> Tensor",
+    "trellis_linear": "(Tensor x, Tensor qweight, Tensor scales, Tensor signs_in, Tensor signs_out, "
+    f"{_SPARSE}, int bits, int state_bits) -> Tensor",
     "uniform_embedding": f"(Tensor ids, Tensor qweight, Tensor scales, Tensor qzeros, {_SPARSE}, "
     "int bits, int group_size, int in_features, ScalarType dtype) -> Tensor",
     "lut_embedding": f"(Tensor ids, Tensor qweight, Tensor lookup_table, {_SPARSE}, "
@@ -74,6 +76,57 @@ def _linear_by_panels(kind: str, x: Tensor, weights: cpu.Weights, bits: int, gro
         cpu.dequantize(kind, weights, rows, bits=bits, group_size=group_size, first=first)
         torch.mm(wide, rows.t(), out=y[:, first : first + panel])
     return y.to(x.dtype)
+
+
+def _trellis_linear_cpu(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    signs_in: Tensor,
+    signs_out: Tensor,
+    sparse_indptr: Tensor,
+    sparse_indices: Tensor,
+    sparse_values: Tensor,
+    bits: int,
+    state_bits: int,
+) -> Tensor:
+    sparse = (sparse_indptr, sparse_indices, sparse_values)
+    weights = cpu.TrellisWeights(qweight, scales, signs_in, signs_out, *sparse, bits, state_bits)
+    _check_trellis(weights, x)
+    flat = x.reshape(-1, x.shape[-1]).float().contiguous()
+    y = (
+        cpu.trellis_linear(flat, weights)
+        if flat.shape[0] <= FUSED_BATCH
+        else _trellis_by_panels(flat, weights, x.dtype)
+    )
+    return y.to(x.dtype).view(*x.shape[:-1], weights.out_features)
+
+
+def _check_trellis(weights: cpu.TrellisWeights, x: Tensor) -> None:
+    """Refuse what would make a kernel read outside a tensor."""
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"the kernels compute in float32, bfloat16 or float16, not {x.dtype}")
+    blocks, tiles, size = weights.qweight.shape
+    if x.shape[-1] != weights.in_features or size != 16 * weights.bits or blocks != weights.scales.shape[0]:
+        raise ValueError(f"the weight does not have {x.shape[-1]} input features and {weights.bits} bits")
+    if tiles * reference.TILE != weights.in_features * weights.block_out:
+        raise ValueError("the tiles of the weight do not cover it")
+
+
+def _trellis_by_panels(x: Tensor, weights: cpu.TrellisWeights, dtype: torch.dtype) -> Tensor:
+    narrow = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    rotated = cpu.trellis_rotate(x.clone(), weights.signs_in, weights.block_in).to(narrow)
+    rows, columns = weights.out_features, weights.in_features
+    panel = max(128, PANEL_BYTES // (columns * 4) // 128 * 128)
+    buffer = torch.empty(min(panel, rows), columns)
+    y = torch.empty(x.shape[0], rows)
+    for first in range(0, rows, panel):
+        part = cpu.trellis_dequantize(weights, buffer[: rows - first], first)
+        y[:, first : first + panel] = rotated @ part.to(narrow).t()
+    y = cpu.trellis_rotate(y, weights.signs_out, weights.block_out, signs_last=True)
+    if weights.values.numel():
+        cpu.add_sparse_product(y, x, weights)
+    return y
 
 
 def _embedding_cpu(
@@ -222,6 +275,30 @@ def _lut_linear_torch(
     return reference.linear(x, weight)
 
 
+def _trellis_linear_torch(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    signs_in: Tensor,
+    signs_out: Tensor,
+    sparse_indptr: Tensor,
+    sparse_indices: Tensor,
+    sparse_values: Tensor,
+    bits: int,
+    state_bits: int,
+) -> Tensor:
+    in_features, out_features = signs_in.numel(), signs_out.numel()
+    rotated = reference.rotated_trellis(qweight, scales, bits=bits, state_bits=state_bits, in_features=in_features)
+    # signs carry the factor of the transform, so that the orthonormal one needs it taken out
+    block_in, block_out = in_features // scales.shape[1], out_features // scales.shape[0]
+    turned = reference.hadamard_blocks(x.float() * signs_in * block_in**0.5, block_in)
+    y: Tensor = reference.hadamard_blocks(turned @ rotated.t(), block_out) * signs_out * block_out**0.5
+    if sparse_values.numel():
+        residual = torch.zeros(out_features, in_features, device=x.device)
+        y = y + x.float() @ add_sparse_(residual, sparse_indptr, sparse_indices, sparse_values).t()
+    return y.to(x.dtype)
+
+
 def _uniform_embedding_torch(
     ids: Tensor,
     qweight: Tensor,
@@ -263,6 +340,12 @@ def _linear_fake(x: Tensor, qweight: Tensor, scales: Tensor, *_: object) -> Tens
     return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
+def _trellis_linear_fake(
+    x: Tensor, qweight: Tensor, scales: Tensor, signs_in: Tensor, signs_out: Tensor, *_: object
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], signs_out.shape[0])
+
+
 def _embedding_fake(ids: Tensor, *rest: object) -> Tensor:
     *_, in_features, dtype = rest
     assert isinstance(in_features, int | torch.SymInt) and isinstance(dtype, torch.dtype)
@@ -276,6 +359,7 @@ if not hasattr(torch.ops.requant, "uniform_linear"):
     for _name, _on_cpu, _elsewhere, _fake in (
         ("uniform_linear", _uniform_linear_cpu, _uniform_linear_torch, _linear_fake),
         ("lut_linear", _lut_linear_cpu, _lut_linear_torch, _linear_fake),
+        ("trellis_linear", _trellis_linear_cpu, _trellis_linear_torch, _trellis_linear_fake),
         ("uniform_embedding", _uniform_embedding_cpu, _uniform_embedding_torch, _embedding_fake),
         ("lut_embedding", _lut_embedding_cpu, _lut_embedding_torch, _embedding_fake),
     ):

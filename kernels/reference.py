@@ -1,8 +1,9 @@
 """The meaning of every op, in plain torch, on the canonical (disk) tensors.
 
 Nothing here is fast. Every other kernel, on every device, is correct when it agrees with these functions.
-All weights are float32 and exact: a code minus a zero point times a float16 scale fits a float32, and so
-does a float16 table entry; only adding the sparse residual rounds, once.
+Weights are float32. Those of the ``uniform`` and ``lut`` kinds are exact: a code minus a zero point times a float16
+scale fits a float32, and so does a float16 table entry; adding the sparse residual rounds, once. Those of the
+``trellis`` kind are exact up to the sums of two Hadamard transforms.
 """
 
 import torch
@@ -10,7 +11,21 @@ from torch import Tensor
 
 from .bitstream import unpack_codes
 
-__all__ = ["add_sparse_", "dequantize_lut", "dequantize_uniform", "linear", "row_index"]
+__all__ = [
+    "TILE",
+    "add_sparse_",
+    "dequantize_lut",
+    "dequantize_trellis",
+    "dequantize_uniform",
+    "hadamard_blocks",
+    "linear",
+    "row_index",
+    "trellis_code",
+    "trellis_states",
+]
+
+TILE = 128
+"""Weights in one circular string of the ``trellis`` kind."""
 
 
 def dequantize_uniform(
@@ -46,6 +61,89 @@ def dequantize_lut(qweight: Tensor, lookup_table: Tensor, *, bits: int, in_featu
     """
     codes = unpack_codes(qweight, bits, in_features)
     return torch.gather(lookup_table.float(), 1, codes.long())
+
+
+def trellis_code(state_bits: int) -> Tensor:
+    """Value of every trellis state: the sum of the four bytes of ``0x83DCD12D · state mod 2³²``, less its mean 510.
+
+    Returns:
+        float32 ``[2**state_bits]``, integers in [−510, 510].
+    """
+    product = torch.arange(1 << state_bits, dtype=torch.int64).mul_(0x83DCD12D)
+    shifts = torch.tensor([0, 8, 16, 24])
+    value: Tensor = ((product[:, None] >> shifts) & 0xFF).sum(1).float() - 510
+    return value
+
+
+def trellis_states(qweight: Tensor, *, bits: int, state_bits: int) -> Tensor:
+    """The window of every weight in circular strings of ``TILE · bits`` bits.
+
+    Args:
+        qweight: uint8 ``[..., TILE · bits / 8]``.
+
+    Returns:
+        int64 ``[..., TILE]``; state ``v`` holds bits ``v·bits … v·bits + state_bits − 1``, least significant first.
+    """
+    size = qweight.shape[-1]
+    wrapped = torch.cat([qweight, qweight[..., :4]], dim=-1).to(torch.int64)
+    words = sum(wrapped[..., i : i + size] << (8 * i) for i in range(4))  # the 32 bits from every byte on
+    assert isinstance(words, Tensor)
+    first = torch.arange(TILE, device=qweight.device) * bits
+    return (words[..., first // 8] >> (first % 8)) & ((1 << state_bits) - 1)
+
+
+def hadamard_blocks(x: Tensor, block: int) -> Tensor:
+    """Orthonormal Sylvester–Hadamard transform of every run of ``block`` elements in the last dimension."""
+    shape = x.shape
+    width = 1
+    while width < block:
+        pairs = x.reshape(-1, 2, width)
+        x = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1)
+        width *= 2
+    return x.reshape(shape) * block**-0.5
+
+
+def _signs(packed: Tensor, count: int) -> Tensor:
+    """±1 as float32 ``[count]``; a set bit is −1."""
+    return 1 - 2 * unpack_codes(packed[None], 1, count)[0].float()
+
+
+def rotated_trellis(qweight: Tensor, scales: Tensor, *, bits: int, state_bits: int, in_features: int) -> Tensor:
+    """Weight of the ``trellis`` kind in its rotated coordinates: float32 ``[out_features, in_features]``, exact."""
+    rows, tiles = qweight.shape[:2]
+    columns = in_features // tiles
+    value = trellis_code(state_bits).to(qweight.device)[trellis_states(qweight, bits=bits, state_bits=state_bits)]
+    # within a tile rows run fastest
+    weight = value.view(rows, tiles, columns, TILE // columns).permute(0, 3, 1, 2).reshape(-1, in_features)
+    block_out, block_in = weight.shape[0] // scales.shape[0], in_features // scales.shape[1]
+    return weight * scales.float().repeat_interleave(block_out, 0).repeat_interleave(block_in, 1)
+
+
+def dequantize_trellis(
+    qweight: Tensor,
+    scales: Tensor,
+    signs_in: Tensor,
+    signs_out: Tensor,
+    *,
+    bits: int,
+    state_bits: int,
+    in_features: int,
+) -> Tensor:
+    """Dense weight of the ``trellis`` kind: ``S_out · H_out · A · H_in · S_in`` with A from the trellis.
+
+    Args:
+        qweight: uint8 ``[row blocks, tiles, TILE · bits / 8]``; a tile has as many rows as a row block.
+        scales: float16 ``[row blocks, column blocks]``.
+        signs_in, signs_out: uint8, a bit for every input and output feature; a set bit is −1.
+
+    Returns:
+        float32 ``[out_features, in_features]``.
+    """
+    weight = rotated_trellis(qweight, scales, bits=bits, state_bits=state_bits, in_features=in_features)
+    rows = weight.shape[0]
+    weight = hadamard_blocks(weight, in_features // scales.shape[1]) * _signs(signs_in, in_features)
+    weight = hadamard_blocks(weight.t().contiguous(), rows // scales.shape[0]) * _signs(signs_out, rows)
+    return weight.t().contiguous()
 
 
 def row_index(indptr: Tensor) -> Tensor:

@@ -154,9 +154,7 @@ def _sample_from_model(model: Any, tokenizer: Any, num_samples: int, seq_len: in
     return torch.cat(sampled)
 
 
-def _sample_batch(
-    model: Any, tokens: Tensor, seq_len: int, generator: torch.Generator, ticks: Iterator[int]
-) -> Tensor:
+def _sample_batch(model: Any, tokens: Tensor, seq_len: int, generator: torch.Generator, ticks: Iterator[int]) -> Tensor:
     """Extend ``tokens`` to ``seq_len``; each new position takes one of ``ticks``."""
     step, cache = tokens, None
     while tokens.shape[1] < seq_len:

@@ -25,7 +25,7 @@ from .bases import Awq, DenseLayer, LayerData, Need, Rtn
 from .cache import MomentsCache
 from .folding import apply_fold, find_folds
 from .metrics import METRICS, Sensitivity
-from .models import CausalLM, find_layers, head_module
+from .models import CausalLM, ModelError, find_layers, head_module
 from .progress import track
 from .recipe import Recipe
 from .significant import detach_steps
@@ -63,7 +63,10 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     share = recipe.outliers + recipe.significant
     specs: dict[str, LayerSpec] = {}
     for name, layer in find_layers(model).items():
-        spec = base.spec(layer.in_features, layer.out_features)
+        try:
+            spec = base.spec(layer.in_features, layer.out_features)
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}; use another base") from None
         specs[name] = spec.model_copy(update={"nnz": round(share * spec.numel)})
     if recipe.lm_head_bits < 16:
         name, weight = head_module(model)

@@ -8,6 +8,7 @@ the instruction set.
 import ctypes
 import functools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +18,17 @@ from ..native import HOW_TO_BUILD, NativeCodeError, open_library
 
 __all__ = [
     "ISA_NAMES",
+    "TrellisWeights",
     "Weights",
+    "add_sparse_product",
     "dequantize",
     "isa",
     "library",
     "linear",
     "repack_codes",
+    "trellis_dequantize",
+    "trellis_linear",
+    "trellis_rotate",
 ]
 
 ISA_NAMES = ("scalar", "avx2", "avx512")
@@ -61,6 +67,21 @@ def library() -> ctypes.CDLL:
         native.requant_repack_codes.argtypes = [number, size, size, pointer, pointer]
         native.requant_linear.argtypes = (*weights, number, size, pointer, pointer)
         native.requant_dequantize.argtypes = (*weights, number, pointer, size, size, pointer)
+        trellis = (number, number, size, size, size, size, pointer, pointer)
+        native.requant_trellis_rotate.argtypes = [size, size, size, pointer, number, pointer]
+        native.requant_trellis_linear.argtypes = [*trellis, *(4 * (pointer,)), number, pointer, size, pointer, pointer]
+        native.requant_trellis_dequantize.argtypes = [*trellis, size, size, pointer]
+        native.requant_add_sparse_product.argtypes = [
+            size,
+            size,
+            pointer,
+            pointer,
+            number,
+            pointer,
+            size,
+            pointer,
+            pointer,
+        ]
         native.requant_read.argtypes = [pointer, size, number]
         native.requant_read.restype = ctypes.c_uint64
     except AttributeError as error:
@@ -166,3 +187,118 @@ def dequantize(
     rows = None if ids is None else ids.data_ptr()
     _check(library().requant_dequantize(*arguments, _DTYPES[out.dtype], rows, first, count, out.data_ptr()))
     return out
+
+
+# ---- the trellis kind ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrellisWeights:
+    """Run-time tensors of a trellis layer and what follows from their shapes.
+
+    Attributes:
+        qweight: uint8 ``[row blocks, tiles, 16 · bits]``.
+        scales: float16 ``[row blocks, column blocks]``.
+        signs_in, signs_out: float32, ±(block size)^−1/2 of every feature.
+        indptr, indices, values: of the residual, empty without one.
+        bits, state_bits: of the trellis.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    signs_in: Tensor
+    signs_out: Tensor
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
+    bits: int
+    state_bits: int
+
+    @property
+    def out_features(self) -> int:
+        return self.signs_out.numel()
+
+    @property
+    def in_features(self) -> int:
+        return self.signs_in.numel()
+
+    @property
+    def block_out(self) -> int:
+        return self.out_features // self.scales.shape[0]
+
+    @property
+    def block_in(self) -> int:
+        return self.in_features // self.scales.shape[1]
+
+    def _arguments(self) -> tuple[int, ...]:
+        return (
+            self.bits,
+            self.state_bits,
+            self.out_features,
+            self.in_features,
+            self.block_out,
+            self.block_in,
+            self.qweight.data_ptr(),
+            self.scales.data_ptr(),
+        )
+
+
+def trellis_linear(x: Tensor, weights: TrellisWeights) -> Tensor:
+    """``x · (dense + sparse)ᵀ`` for a small batch, in float32.
+
+    Args:
+        x: contiguous ``[batch, in_features]``.
+
+    Returns:
+        ``[batch, out_features]``.
+    """
+    y = torch.empty(x.shape[0], weights.out_features)
+    _check(
+        library().requant_trellis_linear(
+            *weights._arguments(),
+            weights.signs_in.data_ptr(),
+            weights.signs_out.data_ptr(),
+            weights.indptr.data_ptr() or None,
+            weights.indices.data_ptr() or None,
+            int(weights.indices.dtype == torch.int32),
+            weights.values.data_ptr() or None,
+            x.shape[0],
+            x.data_ptr(),
+            y.data_ptr(),
+        )
+    )
+    return y
+
+
+def trellis_rotate(x: Tensor, signs: Tensor, block: int, *, signs_last: bool = False) -> Tensor:
+    """Signs and block Hadamard transform of contiguous float32 rows ``[count, features]``, in place; returns ``x``."""
+    status = library().requant_trellis_rotate(*x.shape, block, signs.data_ptr(), int(signs_last), x.data_ptr())
+    _check(status)
+    return x
+
+
+def trellis_dequantize(weights: TrellisWeights, out: Tensor, first: int) -> Tensor:
+    """Write rotated weights of the rows from ``first`` on into ``out``, contiguous float32 ``[count, in_features]``.
+
+    ``first`` and ``count`` are multiples of the output block.
+    """
+    _check(library().requant_trellis_dequantize(*weights._arguments(), first, out.shape[0], out.data_ptr()))
+    return out
+
+
+def add_sparse_product(y: Tensor, x: Tensor, weights: TrellisWeights) -> None:
+    """Add the residual's product to ``y``; float32 ``[batch, out_features]`` and ``[batch, in_features]``."""
+    values = weights.values.float()
+    _check(
+        library().requant_add_sparse_product(
+            weights.out_features,
+            weights.in_features,
+            weights.indptr.data_ptr(),
+            weights.indices.data_ptr(),
+            int(weights.indices.dtype == torch.int32),
+            values.data_ptr(),
+            x.shape[0],
+            x.data_ptr(),
+            y.data_ptr(),
+        )
+    )

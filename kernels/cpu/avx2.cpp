@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,fma,f16c")
 
 #include "tier.h"
+#include "trellis.h"
 
 namespace requant {
 namespace {
@@ -22,6 +23,23 @@ struct Avx2 {
     using vec = __m256;
     template <int BITS>
     using Coder = Coder256<BITS>;
+
+    // byte j of lane i comes from byte i K / 8 + j
+    template <int K>
+    static REQUANT_INLINE Words windows(const uint8_t* p) {
+        const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        Words out;
+        for (int half = 0; half < 2; ++half) {
+            const __m256i lane = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(8 * half));
+            const __m256i bit = _mm256_mullo_epi32(lane, _mm256_set1_epi32(K));
+            const __m256i first = _mm256_mullo_epi32(_mm256_srli_epi32(bit, 3), _mm256_set1_epi32(0x01010101));
+            const __m256i from = _mm256_add_epi8(first, _mm256_set1_epi32(0x03020100));
+            const __m256i shift = _mm256_and_si256(bit, _mm256_set1_epi32(7));
+            const __m256i words = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, from), shift);
+            __builtin_memcpy(reinterpret_cast<char*>(&out) + 32 * half, &words, 32);
+        }
+        return out;
+    }
 
     static REQUANT_INLINE vec zero() { return _mm256_setzero_ps(); }
     static REQUANT_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -142,6 +160,7 @@ struct Coder256<8> {
 }  // namespace
 
 extern const Tier AVX2_TIER = make_tier<Avx2>("avx2");
+extern const TrellisTier AVX2_TRELLIS = make_trellis_tier<Avx2>();
 
 }  // namespace requant
 #endif

@@ -11,6 +11,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #include "tier.h"
+#include "trellis.h"
 
 namespace requant {
 namespace {
@@ -23,6 +24,18 @@ struct Avx512 {
     using vec = __m512;
     template <int BITS>
     using Coder = Coder512<BITS>;
+
+    // byte j of lane i comes from byte i K / 8 + j
+    template <int K>
+    static REQUANT_INLINE Words windows(const uint8_t* p) {
+        const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i bit = _mm512_mullo_epi32(lane, _mm512_set1_epi32(K));
+        const __m512i first = _mm512_mullo_epi32(_mm512_srli_epi32(bit, 3), _mm512_set1_epi32(0x01010101));
+        const __m512i from = _mm512_add_epi8(first, _mm512_set1_epi32(0x03020100));
+        const __m512i shift = _mm512_and_si512(bit, _mm512_set1_epi32(7));
+        return Words(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, from), shift));
+    }
 
     static REQUANT_INLINE vec zero() { return _mm512_setzero_ps(); }
     static REQUANT_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -144,6 +157,7 @@ struct Coder512<8> {
 }  // namespace
 
 extern const Tier AVX512_TIER = make_tier<Avx512>("avx512");
+extern const TrellisTier AVX512_TRELLIS = make_trellis_tier<Avx512>();
 
 }  // namespace requant
 #endif

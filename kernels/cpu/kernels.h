@@ -80,6 +80,39 @@ struct Tier {
     void (*widen)(int dtype, const void* in, float* out, int64_t count);
 };
 
+// ---- the trellis kind, whose codes keep their disk layout ---------------------------------------------------
+
+constexpr int TILE = 128;  // weights in a circular string
+
+struct Trellis {
+    int bits, state_bits;
+    int64_t rows, columns, block_out, block_in;
+    const uint8_t* codes;    // [rows / block_out, columns / (TILE / block_out), 16 bits]
+    const uint16_t* scales;  // float16 [rows / block_out, columns / block_in]
+    const float* signs_in;   // +- block_in^-1/2 [columns]
+    const float* signs_out;  // +- block_out^-1/2 [rows]
+    const int32_t* indptr;   // CSR as in Weights
+    const void* indices;
+    bool wide_indices;
+    const uint16_t* values;
+};
+
+// One instruction set, by bits - 2.
+struct TrellisTier {
+    // out [batch, rows] of the row blocks begin ... end - 1, rotated back, residual included. `x` is as given, `rotated`
+    // is x times signs through the Hadamard transform, both [batch, columns]. sums: 2 batch block_out floats.
+    void (*linear[3])(const Trellis&, const float* x, const float* rotated, int64_t batch, int64_t begin,
+                      int64_t end, float* out, float* sums);
+    // out [.., columns]: rotated weights of the row blocks begin ... end - 1, from block `begin` on
+    void (*dequantize[3])(const Trellis&, int64_t begin, int64_t end, float* out);
+};
+
+extern const TrellisTier SCALAR_TRELLIS;
+#if defined(__x86_64__)
+extern const TrellisTier AVX2_TRELLIS;
+extern const TrellisTier AVX512_TRELLIS;
+#endif
+
 // scales and zero points of a tile of rows, then one row of weights
 inline int64_t scratch_floats(const Plan& plan, int64_t columns) {
     return 2 * MAX_ROW_TILE * plan.groups + columns;

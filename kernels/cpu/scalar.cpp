@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "tier.h"
+#include "trellis.h"
 
 namespace requant {
 namespace {
@@ -18,6 +19,17 @@ struct Scalar {
     using vec = Vector16;
     template <int BITS>
     using Coder = CoderScalar<BITS>;
+
+    template <int K>
+    static REQUANT_INLINE Words windows(const uint8_t* p) {
+        Words out;
+        for (int i = 0; i < WIDTH; ++i) {
+            uint32_t word;
+            __builtin_memcpy(&word, p + i * K / 8, 4);
+            out[i] = word >> (i * K % 8);
+        }
+        return out;
+    }
 
     static REQUANT_INLINE vec zero() { return vec{}; }
     static REQUANT_INLINE vec load(const float* p) {
@@ -126,5 +138,6 @@ struct CoderScalar<8> {
 }  // namespace
 
 extern const Tier SCALAR_TIER = make_tier<Scalar>("scalar");
+extern const TrellisTier SCALAR_TRELLIS = make_trellis_tier<Scalar>();
 
 }  // namespace requant

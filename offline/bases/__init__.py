@@ -3,9 +3,10 @@
 from .awq import Awq
 from .base import Base, DenseLayer, LayerData, Need
 from .gptq import Gptq
+from .qtip import Qtip
 from .rtn import Rtn
 from .squeezellm import SqueezeLLM
 
-__all__ = ["BASES", "Awq", "Base", "DenseLayer", "Gptq", "LayerData", "Need", "Rtn", "SqueezeLLM"]
+__all__ = ["BASES", "Awq", "Base", "DenseLayer", "Gptq", "LayerData", "Need", "Qtip", "Rtn", "SqueezeLLM"]
 
-BASES: dict[str, type[Base]] = {base.name: base for base in (Rtn, Gptq, Awq, SqueezeLLM)}
+BASES: dict[str, type[Base]] = {base.name: base for base in (Rtn, Gptq, Awq, SqueezeLLM, Qtip)}

@@ -14,6 +14,7 @@ from .uniform import UniformBase, block_loss, column_groups, grouped, minmax_gri
 __all__ = ["Awq"]
 
 _RATIOS = 20
+_ROWS = 512  # of a weight, evenly spaced, judge a candidate
 
 
 class Awq(UniformBase):
@@ -38,7 +39,7 @@ class Awq(UniformBase):
         Returns:
             float32 ``[channels]``, positive; ones where nothing is better.
         """
-        weights = [layer.weight.data for layer in fold.consumers.values()]
+        weights = [_some_rows(layer.weight.data) for layer in fold.consumers.values()]
         statistics = inputs[next(iter(fold.consumers))]
         activation = fold.per_channel(statistics.mean_abs).clamp(min=1e-8)
         magnitude = fold.per_channel(self._relative_magnitude(weights)).clamp(min=1e-4)
@@ -79,3 +80,7 @@ class Awq(UniformBase):
         weight, hessian = layer.weight, layer.require_inputs().hessian
         grid = searched_grid(weight, self.group_size, self.width, block_loss(hessian, self.group_size), removed)
         return to_layer(self.spec(*weight.shape[::-1]), nearest(weight, grid, self.group_size), grid)
+
+
+def _some_rows(weight: Tensor) -> Tensor:
+    return weight[:: -(-len(weight) // _ROWS)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["compensate", "inverse_factor"]
+__all__ = ["block_feedback", "compensate", "inverse_factor", "upper_factor"]
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """``(column, values [rows]) → (codes [rows], dequantized [rows])``"""
 
 
-def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
-    """Upper Cholesky factor U of ``(H + λI)⁻¹ = Uᵀ U``.
+def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
+    """Upper triangular V with ``V Vᵀ = H + λI``.
 
     λ starts at ``damping`` times the mean diagonal. A matrix that is not positive definite even so, as few tokens
     or a dead input make it, is an expected state: λ grows tenfold, a bounded number of times.
@@ -32,26 +32,54 @@ def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
         damping: first λ over the mean of the diagonal.
 
     Returns:
-        float32 ``[columns, columns]``.
+        float64 ``[columns, columns]``.
 
     Raises:
         ValueError: the matrix holds a value that is not finite, or no damping helped.
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the second moment of the inputs is not finite")
-    wide = hessian.double()
-    mean = wide.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # a Cholesky factor of the matrix with its columns in reverse is an upper one in the right order
+    reverse = hessian.double().flip(0, 1)
+    mean = reverse.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        damped = wide + torch.eye(len(wide), dtype=wide.dtype, device=wide.device) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(
+            reverse + torch.eye(len(reverse), dtype=reverse.dtype, device=reverse.device) * (damping * mean)
+        )
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper.float()
+            return lower.flip(0, 1)
         if damping >= _MAX_DAMPING:
             raise ValueError(f"the second moment of the inputs is not positive definite at damping {damping:g}")
         damping = min(10 * damping, _MAX_DAMPING)
         log.warning("Cholesky factorization failed; trying again with damping %g", damping)
+
+
+def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
+    """Upper triangular U with ``UᵀU = (H + λI)⁻¹``, float32; arguments and errors as :func:`upper_factor`."""
+    factor = upper_factor(hessian, damping)
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=True).float()
+
+
+def block_feedback(hessian: Tensor, width: int, damping: float = _DAMPING) -> Tensor:
+    """How errors in earlier columns move the target of later ones that are quantized in blocks.
+
+    ``H = V D Vᵀ`` with D block diagonal and V block upper triangular, identities on its diagonal. Then ``E H Eᵀ`` is
+    the sum of squares of ``E_k + E_{<k} V_{<k,k}``, and the best target for block k is ``W_k + E_{<k} V_{<k,k}``
+    with E the weight less its quantized value.
+
+    Args:
+        hessian, damping: as in :func:`upper_factor`.
+        width: columns of a block; divides their number.
+
+    Returns:
+        V, float32 ``[columns, columns]``.
+    """
+    factor = upper_factor(hessian, damping)
+    blocks = len(factor) // width
+    by_block = factor.view(len(factor), blocks, width)
+    own = factor.view(blocks, width, blocks, width)[torch.arange(blocks), :, torch.arange(blocks)]
+    return torch.einsum("nbw,bwv->nbv", by_block, torch.linalg.inv(own)).reshape(factor.shape).float()
 
 
 def compensate(

@@ -20,4 +20,6 @@ def library() -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     native.requant_kmeans_rows.argtypes = [pointer, pointer, size, size, ctypes.c_int32, pointer]
     native.requant_kmeans_rows.restype = None
+    number = ctypes.c_int32
+    native.requant_viterbi.argtypes = [pointer, size, size, number, number, pointer, number, pointer]
     return native

@@ -1,134 +1,202 @@
-// Trellis-coded quantization: the best path through a bitshift trellis, for many sequences of 256 values at once.
+// Trellis-coded quantization: the best closed path through a bitshift trellis, for many sequences at once.
 //
-// A sequence is coded as a circular string of 256 K bits. State i is the window of L bits that starts at bit i K, least
-// significant first, and stands for the value code[state]; hence state i + 1 = state i >> K | new << (L - K), where
-// `new` are the K bits that enter at the top. The circle closes: the last states' windows run over the end into the
-// first bits, so nothing is stored but K bits a value (arXiv 2406.11235, "tail-biting").
+// A sequence of n values is coded as a circular string of n K bits. State i is the window of L bits that starts at bit
+// i K, least significant first, and stands for the value code[state]; hence state i + 1 = state i >> K | new << (L - K)
+// with `new` the K bits that enter at the top. The circle closes: the last windows run over the end into the first
+// bits, so nothing is stored but K bits a value (arXiv 2406.11235, tail-biting).
 //
 // The circle is closed as the paper does it, approximately: Viterbi on the sequence rotated by half finds good bits for
-// the seam, and a second pass takes the seam as given.
+// the seam, and a second pass takes them as given. Several rotations can be tried; the best result is kept.
 //
 // Plain C ABI, no dependency; threads come from the OpenMP runtime that the process already uses.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define REQUANT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define REQUANT_CLONES
+#define INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__)
+#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define WITH_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
 namespace {
 
-constexpr int LENGTH = 256;
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr int LANES = 16;
+constexpr float UNREACHABLE = 1e30f;
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
 
-// best[t] = min over j of cost[t << K | j]; from[t] = the j that has it.
-template <int K>
-inline __attribute__((always_inline)) void step_min(const float* __restrict cost, float* __restrict best,
-                                                    uint8_t* __restrict from, int groups) {
-    for (int t = 0; t < groups; ++t) {
-        float low = cost[t << K];
-        int arg = 0;
-        for (int j = 1; j < (1 << K); ++j) {
-            const float value = cost[(t << K) + j];
-            arg = value < low ? j : arg;
-            low = value < low ? value : low;
-        }
-        best[t] = low;
-        from[t] = uint8_t(arg);
+INLINE Floats load(const float* p) {
+    Floats out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+}
+
+INLINE void store(float* p, const Floats& value) { std::memcpy(p, &value, sizeof value); }
+
+INLINE Ints smaller(const Ints& a, const Ints& b) { return a < b ? a : b; }
+
+// Minima of neighbours: 32 numbers in, 16 out.
+INLINE Ints pairwise(const Ints& a, const Ints& b) {
+    const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return smaller(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1));
+}
+
+// Minima of 16 runs of 2^LEVELS numbers.
+template <int LEVELS>
+INLINE Ints run_minima(const float* cost) {
+    if constexpr (LEVELS == 0) {
+        Ints out;
+        std::memcpy(&out, cost, sizeof out);
+        return out;
+    } else {
+        return pairwise(run_minima<LEVELS - 1>(cost), run_minima<LEVELS - 1>(cost + (LANES << (LEVELS - 1))));
     }
 }
 
-// One step from value to value: cost in and out, indexed by state.
+// Costs are non-negative floats, which order like integers. The lowest K bits of cost[s] hold s mod 2^K: a minimum over
+// the predecessors t << K | j then says by itself which j it was. The cost is off by 2^-20 of itself at most.
 template <int K>
-inline __attribute__((always_inline)) void step(float* __restrict cost, float* __restrict best,
-                                                uint8_t* __restrict from, const float* __restrict code, float x,
-                                                int bits) {
-    const int groups = 1 << (bits - K);
-    step_min<K>(cost, best, from, groups);
+INLINE void advance(float* cost, float* best, uint8_t* from, const float* code, float x, int groups) {
+    constexpr int MASK = (1 << K) - 1;
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int t = 0; t < groups; t += LANES) {
+        const Ints low = run_minima<K>(cost + (t << K));
+        store(best + t, (Floats)low);
+        const Ints arg = low & MASK;
+        for (int i = 0; i < LANES; ++i) from[t + i] = uint8_t(arg[i]);
+    }
+    const Ints tag = lanes & MASK;
     for (int b = 0; b < (1 << K); ++b) {
-        const float* __restrict values = code + int64_t(b) * groups;
-        float* __restrict out = cost + int64_t(b) * groups;
-        for (int t = 0; t < groups; ++t) {
-            const float d = x - values[t];
-            out[t] = best[t] + d * d;
+        const float* values = code + int64_t(b) * groups;
+        float* out = cost + int64_t(b) * groups;
+        for (int t = 0; t < groups; t += LANES) {
+            const Floats d = x - load(values + t);
+            const Ints total = (Ints)(load(best + t) + d * d);
+            store(out + t, (Floats)((total & ~MASK) | tag));
         }
     }
 }
 
-REQUANT_CLONES void step2(float* cost, float* best, uint8_t* from, const float* code, float x, int bits) {
-    step<2>(cost, best, from, code, x, bits);
-}
-REQUANT_CLONES void step3(float* cost, float* best, uint8_t* from, const float* code, float x, int bits) {
-    step<3>(cost, best, from, code, x, bits);
-}
-REQUANT_CLONES void step4(float* cost, float* best, uint8_t* from, const float* code, float x, int bits) {
-    step<4>(cost, best, from, code, x, bits);
+using Advance = void (*)(float*, float*, uint8_t*, const float*, float, int);
+
+#define DEFINE_TIER(NAME, TARGET)                                                                                  \
+    template <int K>                                                                                               \
+    TARGET void NAME(float* cost, float* best, uint8_t* from, const float* code, float x, int groups) {            \
+        advance<K>(cost, best, from, code, x, groups);                                                             \
+    }                                                                                                              \
+    Advance select_##NAME(int width) { return width == 2 ? &NAME<2> : width == 3 ? &NAME<3> : &NAME<4>; }
+
+DEFINE_TIER(portable, )
+#if defined(__x86_64__)
+DEFINE_TIER(avx2, WITH_AVX2)
+DEFINE_TIER(avx512, WITH_AVX512)
+#endif
+
+Advance select_advance(int width) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return select_avx512(width);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return select_avx2(width);
+#endif
+    return select_portable(width);
 }
 
-struct Coder {
-    const int bits, width, groups;  // L, K, 2^(L - K)
-    const float* code;
-    std::vector<float> cost, best;
-    std::vector<uint8_t> from;  // [LENGTH][groups]
+class Coder {
+public:
+    Coder(int bits, int width, int length, const float* code)
+        : bits(bits), width(width), length(length), groups(1 << (bits - width)), code(code),
+          step(select_advance(width)), cost(size_t(1) << bits), best(size_t(groups)),
+          from(size_t(length) * size_t(groups)), rotated(size_t(length)), trial(size_t(length)) {}
 
-    Coder(int bits, int width, const float* code)
-        : bits(bits), width(width), groups(1 << (bits - width)), code(code), cost(size_t(1) << bits),
-          best(groups), from(size_t(LENGTH) * groups) {}
+    // The best path of which nothing is demanded but that it is one.
+    float open(const float* x, int32_t* states) {
+        start(x, -1);
+        return finish(0, 1 << bits, states);
+    }
 
-    // The best path; with seam >= 0 only one whose first state ends, and whose last state begins, with these
-    // L - K bits. states[i] is the state at value i.
-    void path(const float* x, int seam, int32_t* states) {
-        const int count = 1 << bits;
-        for (int s = 0; s < count; ++s) {
-            const float d = x[0] - code[s];
-            cost[s] = seam < 0 || (s & (groups - 1)) == seam ? d * d : INFINITE;
+    // The best of the closed paths that `rotations` tries find.
+    float closed(const float* x, int rotations, int32_t* states) {
+        float least = UNREACHABLE;
+        for (int r = 0; r < rotations; ++r) {
+            const int offset = length * r / rotations / 2;
+            // the seam, at `offset`, is in the middle of the first pass and at both ends of the second
+            rotate(x, offset + length / 2);
+            open(rotated.data(), trial.data());
+            const int seam = trial[size_t(length) - size_t(length / 2)] & (groups - 1);
+            rotate(x, offset);
+            start(rotated.data(), seam);
+            const float total = finish(seam << width, (seam + 1) << width, trial.data());
+            if (total < least) {
+                least = total;
+                for (int i = 0; i < length; ++i) states[(i + offset) % length] = trial[size_t(i)];
+            }
         }
-        const auto advance = width == 2 ? step2 : width == 3 ? step3 : step4;
-        for (int i = 1; i < LENGTH; ++i)
-            advance(cost.data(), best.data(), from.data() + int64_t(i) * groups, code, x[i], bits);
-        int state = seam < 0 ? 0 : seam << width;
-        const int stop = seam < 0 ? count : state + (1 << width);
-        for (int s = state; s < stop; ++s)
-            if (cost[s] < cost[state]) state = s;
-        for (int i = LENGTH - 1; i >= 0; --i) {
+        return least;
+    }
+
+private:
+    const int bits, width, length, groups;  // L, K, values, 2^(L - K)
+    const float* code;
+    const Advance step;
+    std::vector<float> cost, best;
+    std::vector<uint8_t> from;  // [length][groups]: the j of the best predecessor t << K | j
+    std::vector<float> rotated;
+    std::vector<int32_t> trial;
+
+    void rotate(const float* x, int offset) {
+        for (int i = 0; i < length; ++i) rotated[size_t(i)] = x[(i + offset) % length];
+    }
+
+    // Runs over all values, from states whose lower L - K bits are `seam`, or from any.
+    void start(const float* x, int seam) {
+        const int mask = (1 << width) - 1;
+        for (int s = 0; s < 1 << bits; ++s) {
+            const float d = x[0] - code[s];
+            const float value = seam < 0 || (s & (groups - 1)) == seam ? d * d : UNREACHABLE;
+            int32_t tagged;
+            std::memcpy(&tagged, &value, 4);
+            tagged = (tagged & ~mask) | (s & mask);
+            std::memcpy(&cost[size_t(s)], &tagged, 4);
+        }
+        for (int i = 1; i < length; ++i)
+            step(cost.data(), best.data(), from.data() + int64_t(i) * groups, code, x[i], groups);
+    }
+
+    // The best path that ends in one of the states first ... last - 1; returns its cost.
+    float finish(int first, int last, int32_t* states) {
+        int state = int(std::min_element(cost.begin() + first, cost.begin() + last) - cost.begin());
+        const float total = cost[size_t(state)];
+        for (int i = length - 1; i >= 0; --i) {
             states[i] = state;
             const int low = state & (groups - 1);
-            if (i > 0) state = low << width | from[int64_t(i) * groups + low];
+            if (i > 0) state = low << width | from[size_t(i) * size_t(groups) + size_t(low)];
         }
-    }
-
-    void tail_biting(const float* x, int32_t* states) {
-        float rotated[LENGTH];
-        constexpr int HALF = LENGTH / 2;
-        std::memcpy(rotated, x + HALF, sizeof(float) * HALF);
-        std::memcpy(rotated + HALF, x, sizeof(float) * HALF);
-        path(rotated, -1, states);
-        path(x, states[HALF] & (groups - 1), states);
+        return total;
     }
 };
 
 }  // namespace
 
-// x: float32 [sequences, 256]; code: float32 [2^bits], the value of every state; states: int32 [sequences, 256].
-// Requires 2 <= width <= 4 and 2 width <= bits <= 16. With closed = 0 the last window need not run into the first.
-// Returns 0, or -1 for other arguments.
-extern "C" int requant_viterbi(const float* x, int64_t sequences, int32_t bits, int32_t width, const float* code,
-                               int32_t closed, int32_t* states) {
-    if (width < 2 || width > 4 || bits < 2 * width || bits > 16) return -1;
+// x: float32 [sequences, length]; code: float32 [2^bits], the value of every state; states: int32 [sequences, length].
+// rotations: tries to close the circle; 0 leaves it open. Requires 2 <= width <= 4, width + 4 <= bits <= 16 and
+// length >= 2; returns 0, or -1 for other arguments.
+extern "C" int requant_viterbi(const float* x, int64_t sequences, int64_t length, int32_t bits, int32_t width,
+                               const float* code, int32_t rotations, int32_t* states) {
+    if (width < 2 || width > 4 || bits < width + 4 || bits > 16 || length < 2 || length > 1 << 20) return -1;
 #pragma omp parallel
     {
-        Coder coder(bits, width, code);
+        Coder coder(bits, width, int(length), code);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t s = 0; s < sequences; ++s) {
-            if (closed)
-                coder.tail_biting(x + s * LENGTH, states + s * LENGTH);
+            if (rotations > 0)
+                coder.closed(x + s * length, rotations, states + s * length);
             else
-                coder.path(x + s * LENGTH, -1, states + s * LENGTH);
+                coder.open(x + s * length, states + s * length);
         }
     }
     return 0;

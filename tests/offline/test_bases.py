@@ -10,7 +10,7 @@ from vllm_requant.format import QuantizedLayer
 from vllm_requant.offline.bases import BASES, Base, LayerData
 from vllm_requant.offline.statistics import InputStatistics
 
-ROWS, COLUMNS, GROUP = 16, 200, 64
+ROWS, COLUMNS, GROUP = 16, 208, 64
 
 
 def _all_bases() -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ from .schema import (
     CheckpointConfig,
     LayerSpec,
     LutSpec,
+    TrellisSpec,
     UniformSpec,
     parse_config,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "LutSpec",
     "QuantizedLayer",
     "ReQuantFormatError",
+    "TrellisSpec",
     "UniformSpec",
     "parse_config",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.bitstream import pack_codes, unpack_codes
-from .schema import LayerSpec, LutSpec, UniformSpec
+from .schema import LayerSpec, LutSpec, TrellisSpec, UniformSpec
 
 __all__ = ["KINDS", "Kind"]
 
@@ -26,15 +26,21 @@ class Kind(NamedTuple):
     Attributes:
         check: ``(spec, tensors) → (suffix, reason) | None``, the first broken rule.
         dequantize: ``(spec, tensors) → float32 [out_features, in_features]``.
+        slice_rows: ``(spec, tensors, start, stop) → tensors`` for that range of output features, copied.
+            Raises ``ValueError`` where the kind cannot be cut there.
         slice_columns: ``(spec, tensors, start, stop) → (spec, tensors)`` for that range of input features; the
             new spec has ``nnz`` 0. Raises ``ValueError`` where the kind cannot be cut there.
         zeros: ``spec → tensors`` of a dense part whose weights are all exactly zero.
+        shared: suffixes of the tensors that have no output rows: layers that are stacked must agree on them. The
+            others are stacked along their first dimension.
     """
 
     check: Callable[[Any, Tensors], tuple[str, str] | None]
     dequantize: Callable[[Any, Tensors], Tensor]
+    slice_rows: Callable[[Any, Tensors, int, int], dict[str, Tensor]]
     slice_columns: Callable[[Any, Tensors, int, int], tuple[Any, dict[str, Tensor]]]
     zeros: Callable[[Any], dict[str, Tensor]]
+    shared: tuple[str, ...] = ()
 
 
 def _pad_bits_set(packed: Tensor, count: int, bits: int) -> bool:
@@ -121,7 +127,65 @@ def _slice_lut(spec: LutSpec, tensors: Tensors, start: int, stop: int) -> tuple[
     }
 
 
+def _slice_plain_rows(spec: LayerSpec, tensors: Tensors, start: int, stop: int) -> dict[str, Tensor]:
+    """For kinds whose tensors all have one row per output feature."""
+    return {name: tensors[name][start:stop].clone() for name in spec.dense_tensors()}
+
+
+def _check_trellis(spec: TrellisSpec, tensors: Tensors) -> tuple[str, str] | None:
+    scales = tensors["scales"]
+    if not (torch.isfinite(scales) & (scales >= 0)).all():
+        return "scales", "a scale is not finite and non-negative"
+    return None
+
+
+def _dequantize_trellis(spec: TrellisSpec, tensors: Tensors) -> Tensor:
+    return reference.dequantize_trellis(
+        *(tensors[name] for name in spec.dense_tensors()),
+        bits=spec.bits,
+        state_bits=spec.state_bits,
+        in_features=spec.in_features,
+    )
+
+
+def _require_blocks(what: str, start: int, stop: int, block: int) -> None:
+    if start % block or stop % block:
+        raise ValueError(f"{what} features {start}:{stop} cut a Hadamard block; borders must be multiples of {block}")
+
+
+def _slice_trellis_rows(spec: TrellisSpec, tensors: Tensors, start: int, stop: int) -> dict[str, Tensor]:
+    _require_blocks("output", start, stop, spec.block_out)
+    blocks = slice(start // spec.block_out, stop // spec.block_out)
+    return {
+        "qweight": tensors["qweight"][blocks].clone(),
+        "scales": tensors["scales"][blocks].clone(),
+        "signs_in": tensors["signs_in"].clone(),
+        "signs_out": tensors["signs_out"][start // 8 : stop // 8].clone(),
+    }
+
+
+def _slice_trellis_columns(
+    spec: TrellisSpec, tensors: Tensors, start: int, stop: int
+) -> tuple[TrellisSpec, dict[str, Tensor]]:
+    _require_blocks("input", start, stop, spec.block_in)
+    sliced = TrellisSpec.model_validate(spec.model_dump() | {"in_features": stop - start, "nnz": 0})
+    return sliced, {
+        "qweight": tensors["qweight"][:, start // spec.tile_columns : stop // spec.tile_columns].clone(),
+        "scales": tensors["scales"][:, start // spec.block_in : stop // spec.block_in].clone(),
+        "signs_in": tensors["signs_in"][start // 8 : stop // 8].clone(),
+        "signs_out": tensors["signs_out"].clone(),
+    }
+
+
 KINDS: dict[str, Kind] = {
-    "uniform": Kind(_check_uniform, _dequantize_uniform, _slice_uniform, _zeros_uniform),
-    "lut": Kind(_check_lut, _dequantize_lut, _slice_lut, _blank),
+    "uniform": Kind(_check_uniform, _dequantize_uniform, _slice_plain_rows, _slice_uniform, _zeros_uniform),
+    "lut": Kind(_check_lut, _dequantize_lut, _slice_plain_rows, _slice_lut, _blank),
+    "trellis": Kind(
+        _check_trellis,
+        _dequantize_trellis,
+        _slice_trellis_rows,
+        _slice_trellis_columns,
+        _blank,  # under scales of zero
+        shared=("signs_in",),
+    ),
 }

@@ -83,9 +83,11 @@ class QuantizedLayer:
         ):
             if not 0 <= start < stop <= size:
                 raise ValueError(f"{what} features {start}:{stop} lie outside the layer's {size}")
-        # every dense tensor has one row per output feature
-        dense = {name: self.tensors[name][rows[0] : rows[1]].clone() for name in spec.dense_tensors()}
-        cut: LayerSpec = spec.model_copy(update={"out_features": rows[1] - rows[0], "nnz": 0})
+        dense = {name: self.tensors[name] for name in spec.dense_tensors()}
+        cut: LayerSpec = spec.model_copy(update={"nnz": 0})
+        if rows != (0, spec.out_features):
+            dense = KINDS[spec.kind].slice_rows(cut, dense, *rows)
+            cut = cut.model_copy(update={"out_features": rows[1] - rows[0]})
         if columns != (0, spec.in_features):
             cut, dense = KINDS[spec.kind].slice_columns(cut, dense, *columns)
         if self.sparse is None:

@@ -8,20 +8,26 @@ from .kinds import KINDS
 from .layer import QuantizedLayer
 from .schema import SPARSE_TENSORS, LayerSpec
 
-__all__ = ["concat_rows", "same_format", "synthetic_layer", "zero_layer"]
+__all__ = ["can_stack", "concat_rows", "same_format", "synthetic_layer", "zero_layer"]
 
 
 def same_format(a: LayerSpec, b: LayerSpec) -> bool:
-    """Whether two layers can be stacked: equal but for output features and sparse elements."""
+    """Whether two layers are of one format: equal but for output features and sparse elements."""
     blank = {"out_features": 1, "nnz": 0}
     return a.model_copy(update=blank) == b.model_copy(update=blank)
+
+
+def can_stack(a: QuantizedLayer, b: QuantizedLayer) -> bool:
+    """Whether two layers can be stacked: of one format, and equal in what stacked layers share."""
+    shared = KINDS[a.spec.kind].shared
+    return same_format(a.spec, b.spec) and all(torch.equal(a.tensors[name], b.tensors[name]) for name in shared)
 
 
 def concat_rows(layers: Sequence[QuantizedLayer]) -> QuantizedLayer:
     """Stack layers of one format: output features in order, sparse parts joined.
 
     Args:
-        layers: at least one; all pass :func:`same_format` with the first.
+        layers: at least one; all pass :func:`can_stack` with the first.
 
     Returns:
         A layer with the sum of ``out_features`` and of ``nnz``; the only layer itself when there is one.
@@ -32,13 +38,17 @@ def concat_rows(layers: Sequence[QuantizedLayer]) -> QuantizedLayer:
     first = layers[0]
     if len(layers) == 1:
         return first
-    if not all(same_format(first.spec, layer.spec) for layer in layers):
-        raise ValueError("only layers of one kind, bits, group size and input width can be stacked")
+    if not all(can_stack(first, layer) for layer in layers):
+        raise ValueError("only layers of one kind, bits, group size, input width and input signs can be stacked")
     nnz = sum(layer.spec.nnz for layer in layers)
     if nnz > torch.iinfo(torch.int32).max:
         raise ValueError(f"{nnz} sparse elements in one stacked layer exceed int32 row pointers")
     spec = first.spec.model_copy(update={"out_features": sum(layer.spec.out_features for layer in layers), "nnz": nnz})
-    tensors = {name: torch.cat([layer.tensors[name] for layer in layers]) for name in spec.dense_tensors()}
+    shared = KINDS[spec.kind].shared
+    tensors = {
+        name: first.tensors[name] if name in shared else torch.cat([layer.tensors[name] for layer in layers])
+        for name in spec.dense_tensors()
+    }
     if nnz:
         indptr = [torch.zeros(1, dtype=torch.int32)]
         for layer in layers:

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..kernels.bitstream import row_bytes
+from ..kernels.reference import TILE
 from .errors import ReQuantFormatError
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LayerSpec",
     "LutSpec",
     "TensorSpec",
+    "TrellisSpec",
     "UniformSpec",
     "parse_config",
 ]
@@ -69,6 +71,16 @@ class _LayerBase(BaseModel):
     def numel(self) -> int:
         """Weights of the layer."""
         return self.in_features * self.out_features
+
+    @property
+    def kernel_settings(self) -> dict[str, int]:
+        """What the kernels must know beside the tensors: keyword arguments of :mod:`vllm_requant.kernels`."""
+        raise NotImplementedError
+
+    @property
+    def row_quantum(self) -> int:
+        """Output features can be cut at multiples of this many."""
+        return 1
 
     @property
     def index_dtype(self) -> torch.dtype:
@@ -119,6 +131,10 @@ class UniformSpec(_LayerBase):
     group_size: int = Field(ge=32, le=65536, multiple_of=32)
 
     @property
+    def kernel_settings(self) -> dict[str, int]:
+        return {"bits": self.bits, "group_size": self.group_size}
+
+    @property
     def groups(self) -> int:
         """Groups in a row; the last may be shorter."""
         return -(-self.in_features // self.group_size)
@@ -139,9 +155,8 @@ class LutSpec(_LayerBase):
     bits: Literal[2, 3, 4]
 
     @property
-    def group_size(self) -> int:
-        """0: no groups, as the kernels say it."""
-        return 0
+    def kernel_settings(self) -> dict[str, int]:
+        return {"bits": self.bits}
 
     def dense_tensors(self) -> dict[str, TensorSpec]:
         rows = self.out_features
@@ -151,7 +166,59 @@ class LutSpec(_LayerBase):
         }
 
 
-LayerSpec = UniformSpec | LutSpec
+class TrellisSpec(_LayerBase):
+    """Paths through a bitshift trellis, in coordinates rotated by block Hadamard transforms with random signs.
+
+    Attributes:
+        bits: K, stored bits a weight.
+        state_bits: L, width of the window of bits that stands for a weight.
+        code: which function makes a value of a window.
+        block_in, block_out: sizes of the Hadamard blocks of input and output features.
+    """
+
+    kind: Literal["trellis"] = "trellis"
+    bits: Literal[2, 3, 4]
+    state_bits: int = Field(ge=8, le=16)
+    code: Literal["mul1"] = "mul1"
+    block_in: Literal[16, 32, 64, 128]
+    block_out: Literal[16, 32, 64, 128]
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> "TrellisSpec":
+        for what, size, block in (
+            ("in_features", self.in_features, self.block_in),
+            ("out_features", self.out_features, self.block_out),
+        ):
+            if size % block:
+                raise ValueError(f"{what} {size} is not a multiple of its Hadamard block {block}")
+        return self
+
+    @property
+    def kernel_settings(self) -> dict[str, int]:
+        return {"bits": self.bits, "state_bits": self.state_bits}
+
+    @property
+    def row_quantum(self) -> int:
+        """Rows can be cut at multiples of a Hadamard block."""
+        return self.block_out
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of a tile of ``TILE`` weights, which has ``block_out`` rows."""
+        return TILE // self.block_out
+
+    def dense_tensors(self) -> dict[str, TensorSpec]:
+        rows = self.out_features // self.block_out
+        tiles = self.in_features // self.tile_columns
+        return {
+            "qweight": TensorSpec(torch.uint8, (rows, tiles, TILE * self.bits // 8)),
+            "scales": TensorSpec(torch.float16, (rows, self.in_features // self.block_in)),
+            "signs_in": TensorSpec(torch.uint8, (row_bytes(self.in_features, 1),)),
+            "signs_out": TensorSpec(torch.uint8, (row_bytes(self.out_features, 1),)),
+        }
+
+
+LayerSpec = UniformSpec | LutSpec | TrellisSpec
 
 
 class CheckpointConfig(BaseModel):

@@ -93,8 +93,7 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
             segment.kind,
             input_,
             segment_weights(layer, segment),
-            bits=segment.bits,
-            group_size=segment.group_size,
+            **segment.settings,
             in_features=segment.in_features,
             dtype=layer.params_dtype,
         )

@@ -179,12 +179,12 @@ class RequantLinearMethod(LinearMethodBase):
 
 
 def _splits(spec: LayerSpec, ranks: int) -> bool:
-    """Whether the input features can be split over so many ranks, tried on a layer of one row."""
+    """Whether the input features can be split over so many ranks, tried on a layer of as few rows as can be."""
     if spec.in_features % ranks:
         return False
     size = spec.in_features // ranks
     with torch.device("cpu"):  # vLLM builds layers under the target device as default device
-        row = synthetic_layer(spec.model_copy(update={"out_features": 1, "nnz": 0}))
+        row = synthetic_layer(spec.model_copy(update={"out_features": spec.row_quantum, "nnz": 0}))
         try:
             for rank in range(ranks):
                 row.slice(columns=(rank * size, (rank + 1) * size))

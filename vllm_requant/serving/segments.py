@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from .. import kernels
 from ..format import QuantizedLayer
-from ..format.rows import concat_rows, same_format
+from ..format.rows import can_stack, concat_rows
 
 __all__ = ["Segment", "install_segments", "segment_weights", "segments_linear"]
 
@@ -26,14 +26,14 @@ class Segment(NamedTuple):
     """Consecutive output features of one format.
 
     Attributes:
-        kind, bits, group_size: as the kernels take them; group_size 0 for kinds without groups.
+        kind: as the kernels take it.
+        settings: keyword arguments of the kernels, such as ``bits``.
         in_features: of this rank.
         names: (the kernels' name, the parameter's name in the vLLM layer) of every run-time tensor.
     """
 
     kind: str
-    bits: int
-    group_size: int
+    settings: dict[str, int]
     in_features: int
     names: tuple[tuple[str, str], ...]
 
@@ -49,7 +49,7 @@ def install_segments(
     """
     runs: list[list[QuantizedLayer]] = []
     for part in parts:
-        if runs and same_format(runs[-1][-1].spec, part.spec):
+        if runs and can_stack(runs[-1][-1], part):
             runs[-1].append(part)
         else:
             runs.append([part])
@@ -61,15 +61,14 @@ def install_segments(
         weights = kernels.repack(
             spec.kind,
             stacked.tensors,
-            bits=spec.bits,
-            group_size=spec.group_size,
+            **spec.kernel_settings,
             in_features=spec.in_features,
             device=device,
         )
         names = tuple((name, f"segment{index}_{name}") for name in weights)
         for name, attribute in names:
             layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
-        segments.append(Segment(spec.kind, spec.bits, spec.group_size, spec.in_features, names))
+        segments.append(Segment(spec.kind, spec.kernel_settings, spec.in_features, names))
         _log_kernel(spec.kind, torch.device(device).type)
     if torch.device(device).type == "cpu":
         _request_amx()
@@ -92,10 +91,7 @@ def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tens
         ``[..., out_features]`` in ``x.dtype``.
     """
     outputs = [
-        kernels.linear(
-            segment.kind, x, segment_weights(layer, segment), bits=segment.bits, group_size=segment.group_size
-        )
-        for segment in segments
+        kernels.linear(segment.kind, x, segment_weights(layer, segment), **segment.settings) for segment in segments
     ]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return y if bias is None else y + bias.to(y.dtype)

@@ -1,0 +1,179 @@
+"""QTIP: incoherent weights, block error feedback and a bitshift trellis (arXiv 2406.11235).
+
+Differences from the paper, measured to help or to cost nothing: Hadamard transforms are blockwise, so that layers can
+be split over tensor-parallel ranks. A circular string covers the rows of one output block and as few columns as make 128
+weights, not 16 × 16: error feedback then works between columns or pairs of columns, and a closed string of 128 is as
+accurate as a longer one. A float16 scale stands for every pair of blocks, not for the matrix.
+"""
+
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_requant.format import TrellisSpec
+from vllm_requant.kernels.bitstream import pack_codes
+from vllm_requant.kernels.reference import TILE, hadamard_blocks, trellis_code
+
+from ..native import library
+from .base import Base, DenseLayer, LayerData, Need
+from .feedback import block_feedback
+
+__all__ = ["Qtip", "hadamard_block", "trellis_path"]
+
+_BLOCKS = (128, 64, 32, 16)
+_ROTATIONS = 1  # tries to close a string; more gain less than 1 %
+_SIGNS_SEED = 0x7E111
+_LAZY = 128  # columns after which the feedback reaches all that follow
+
+
+def hadamard_block(features: int) -> int:
+    """The largest block that divides the features.
+
+    Raises:
+        ValueError: none does.
+    """
+    for block in _BLOCKS:
+        if features % block == 0:
+            return block
+    raise ValueError(f"{features} features are not a multiple of {_BLOCKS[-1]}, which the trellis needs")
+
+
+def trellis_path(values: Tensor, code: Tensor, bits: int, *, rotations: int = _ROTATIONS) -> Tensor:
+    """States of the best closed paths.
+
+    Args:
+        values: float32 ``[sequences, length]``.
+        code: float32 ``[2**state_bits]``, the value of every state.
+        bits: K.
+        rotations: tries to close the circle; 0 leaves the paths open.
+
+    Returns:
+        int32 ``[sequences, length]``; state ``i`` is the window of a circular bit string that starts at bit ``i·bits``.
+    """
+    x = values.to("cpu", torch.float32).contiguous()
+    table = code.to("cpu", torch.float32).contiguous()
+    states = torch.empty(x.shape, dtype=torch.int32)
+    state_bits = table.numel().bit_length() - 1
+    status = library().requant_viterbi(
+        x.data_ptr(), *x.shape, state_bits, bits, table.data_ptr(), rotations, states.data_ptr()
+    )
+    if status:
+        raise ValueError(f"no trellis has {state_bits} state bits and {bits} bits a value")
+    return states
+
+
+class Qtip(Base):
+    """The ``trellis`` kind.
+
+    Args:
+        bits: K, bits a weight.
+        group_size: not used by this base.
+        state_bits: L; the time to find a path doubles with each bit.
+    """
+
+    name: ClassVar[str] = "qtip"
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    grouped: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
+
+    def __init__(self, bits: int, group_size: int, state_bits: int = 12) -> None:
+        self.width, self.state_bits = bits, state_bits
+
+    def spec(self, in_features: int, out_features: int) -> TrellisSpec:
+        return TrellisSpec(
+            bits=self.width,  # type: ignore[arg-type]
+            state_bits=self.state_bits,
+            block_in=hadamard_block(in_features),  # type: ignore[arg-type]
+            block_out=hadamard_block(out_features),  # type: ignore[arg-type]
+            in_features=in_features,
+            out_features=out_features,
+        )
+
+    def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
+        weight = layer.weight if removed is None else layer.weight.masked_fill(removed, 0.0)
+        spec = self.spec(*weight.shape[::-1])
+        signs_in, signs_out = _signs(spec.in_features), _signs(spec.out_features)
+        rotated = _rotate(_rotate(weight, signs_in, spec.block_in).t(), signs_out, spec.block_out).t()
+        hessian = _rotate(_rotate(layer.require_inputs().hessian, signs_in, spec.block_in).t(), signs_in, spec.block_in)
+        scales = self._scales(rotated, spec)
+        states = self._states(rotated, hessian, scales, spec)
+        return DenseLayer(
+            spec,
+            {
+                "qweight": _pack(states, spec),
+                "scales": scales,
+                "signs_in": _pack_signs(signs_in),
+                "signs_out": _pack_signs(signs_out),
+            },
+        )
+
+    def _scales(self, rotated: Tensor, spec: TrellisSpec) -> Tensor:
+        blocks = rotated.reshape(
+            spec.out_features // spec.block_out, spec.block_out, spec.in_features // spec.block_in, spec.block_in
+        )
+        rms = blocks.square().mean(dim=(1, 3)).sqrt()
+        return (rms * unit_scale(self.width, self.state_bits)).to(torch.float16)
+
+    def _states(self, rotated: Tensor, hessian: Tensor, scales: Tensor, spec: TrellisSpec) -> Tensor:
+        """Block error feedback: int32 ``[row blocks, tiles, TILE]``."""
+        width, rows = spec.tile_columns, spec.block_out
+        code = trellis_code(self.state_bits)
+        # a scale of 0 stands for a block of zeros
+        by_column = scales.float().clamp(min=2.0**-24).repeat_interleave(spec.block_in, 1).repeat_interleave(rows, 0)
+        feedback = block_feedback(hessian, width)
+        target = rotated.contiguous().clone()
+        states = torch.empty(spec.out_features // rows, spec.in_features // width, TILE, dtype=torch.int32)
+        for begin in range(0, spec.in_features, _LAZY):
+            end = min(begin + _LAZY, spec.in_features)
+            errors = torch.empty(spec.out_features, end - begin, device=rotated.device)
+            for first in range(begin, end, width):
+                at = slice(first, first + width)
+                # within a string rows run fastest
+                strings = (target[:, at] / by_column[:, at]).view(-1, rows, width).transpose(1, 2).reshape(-1, TILE)
+                path = trellis_path(strings, code, self.width)
+                states[:, first // width] = path
+                value = code[path.long()].view(-1, width, rows).transpose(1, 2).reshape(-1, width).to(rotated.device)
+                error = rotated[:, at] - value * by_column[:, at]
+                errors[:, first - begin : first - begin + width] = error
+                target[:, at.stop : end] += error @ feedback[at, at.stop : end]
+            target[:, end:] += errors @ feedback[begin:end, end:]
+        return states
+
+
+@cache
+def _signs(features: int) -> Tensor:
+    """±1, the same for every layer of that width: siblings that are fused when served must share their input signs."""
+    generator = torch.Generator().manual_seed(_SIGNS_SEED + features)
+    return torch.randint(2, (features,), generator=generator) * 2.0 - 1.0
+
+
+def _rotate(matrix: Tensor, signs: Tensor, block: int) -> Tensor:
+    """The columns of a matrix, with signs, through the Hadamard transform."""
+    return hadamard_blocks((matrix * signs.to(matrix.device)).contiguous(), block)
+
+
+@cache
+def unit_scale(bits: int, state_bits: int) -> float:
+    """Scale of the code for values of unit variance, from a measurement on Gaussian ones."""
+    values = torch.randn(64, TILE, generator=torch.Generator().manual_seed(0))
+    code = trellis_code(state_bits)
+    spread = float(code.std())
+    best, best_error = 1.0 / spread, torch.inf
+    for factor in (0.84, 0.88, 0.92, 0.96, 1.0):
+        scaled = code * (factor / spread)
+        error = float((scaled[trellis_path(values, scaled, bits).long()] - values).square().mean())
+        if error < best_error:
+            best, best_error = factor / spread, error
+    return best
+
+
+def _pack(states: Tensor, spec: TrellisSpec) -> Tensor:
+    """The lowest ``bits`` bits of every state are the string."""
+    flat = (states & ((1 << spec.bits) - 1)).view(-1, TILE).to(torch.uint8)
+    return pack_codes(flat, spec.bits).view(*states.shape[:2], -1)
+
+
+def _pack_signs(signs: Tensor) -> Tensor:
+    return pack_codes((signs < 0).to(torch.uint8)[None], 1)[0]
