@@ -1,9 +1,9 @@
 """QTIP: incoherent weights, block error feedback and a bitshift trellis (arXiv 2406.11235).
 
-Differences from the paper, measured to help or to cost nothing: Hadamard transforms are blockwise, so that layers can
-be split over tensor-parallel ranks. A circular string covers the rows of one output block and as few columns as make 128
-weights, not 16 × 16: error feedback then works between columns or pairs of columns, and a closed string of 128 is as
-accurate as a longer one. A float16 scale stands for every pair of blocks, not for the matrix.
+Differences from the paper, measured to help or to cost nothing. Hadamard transforms are blockwise, so that layers can
+be split over tensor-parallel ranks. A circular string covers the rows of one output block and as few columns as make
+128 weights, not 16 × 16: error feedback then works between columns or pairs of columns, and a closed string of 128 is
+as accurate as a longer one. A float16 scale stands for every pair of blocks, not for the matrix.
 """
 
 from functools import cache

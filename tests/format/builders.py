@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_requant.format import LayerSpec, LutSpec, QuantizedLayer, UniformSpec
+from vllm_requant.format import LayerSpec, LutSpec, QuantizedLayer, TrellisSpec, UniformSpec
 from vllm_requant.kernels.bitstream import pack_codes
 
 
@@ -29,6 +29,17 @@ def random_layer(
             "scales": (torch.rand(out_features, spec.groups, generator=generator) * 0.01 + 1e-4).half(),
             "qzeros": pack_codes(zeros, bits),
         }
+    elif kind == "trellis":
+        spec = TrellisSpec(
+            bits=bits, state_bits=12, block_in=32, block_out=16, in_features=in_features, out_features=out_features
+        )
+        dense = {
+            name: torch.randint(256, wanted.shape, dtype=torch.uint8, generator=generator)
+            for name, wanted in spec.dense_tensors().items()
+        }
+        # layers of one width share their input signs, as the converter's do
+        dense["signs_in"] = torch.arange(in_features // 8, dtype=torch.uint8) * 37
+        dense["scales"] = (torch.rand(dense["scales"].shape, generator=generator) * 3e-4 + 1e-5).half()
     else:
         spec = LutSpec(bits=bits, in_features=in_features, out_features=out_features)
         table = torch.randn(out_features, 1 << bits, generator=generator).mul(0.05).half()

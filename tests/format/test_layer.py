@@ -9,11 +9,12 @@ from tests.format.builders import random_layer
 from vllm_requant.format import ReQuantFormatError
 
 KINDS = [("uniform", 2), ("uniform", 3), ("uniform", 4), ("uniform", 8), ("lut", 2), ("lut", 3), ("lut", 4)]
+TRELLIS = [("trellis", 2), ("trellis", 3), ("trellis", 4)]
 
 
-@pytest.mark.parametrize(("kind", "bits"), KINDS)
+@pytest.mark.parametrize(("kind", "bits"), KINDS + TRELLIS)
 def test_residual_restores_the_weight_to_one_rounding(kind: str, bits: int) -> None:
-    layer, weight, mask = random_layer(kind, bits, 24, 200, density=0.05)
+    layer, weight, mask = random_layer(kind, bits, 32, 224, density=0.05)
     dense = layer.dense_weight()
     restored = layer.weight()
     assert torch.equal(restored[~mask], dense[~mask])
@@ -38,6 +39,52 @@ def test_uniform_weight_is_code_minus_zero_times_scale() -> None:
             scale = float(tensors["scales"][row, group])
             expected = (code(tensors["qweight"], row, k) - code(tensors["qzeros"], row, group)) * scale
             assert float(weight[row, k]) == expected
+
+
+@pytest.mark.parametrize(("kind", "bits"), TRELLIS)
+def test_trellis_weight_is_a_window_of_bits_rotated(kind: str, bits: int) -> None:
+    """Checked element by element against the bit strings and matrices that SPEC.md describes."""
+    layer, _, _ = random_layer(kind, bits, 32, 64, density=0)
+    tensors = layer.tensors
+
+    def bit_string(data: torch.Tensor) -> str:
+        return "".join(f"{byte:08b}"[::-1] for byte in data.tolist())
+
+    rotated = torch.zeros(32, 64, dtype=torch.float64)
+    for block in range(2):
+        for tile in range(8):
+            string = bit_string(tensors["qweight"][block, tile])
+            circle = string + string
+            for v in range(128):
+                state = int(circle[v * bits : v * bits + 12][::-1], 2)
+                product = state * 0x83DCD12D % 2**32
+                value = sum(product >> shift & 255 for shift in (0, 8, 16, 24)) - 510
+                row, column = block * 16 + v % 16, tile * 8 + v // 16
+                rotated[row, column] = value * float(tensors["scales"][block, column // 32])
+
+    def transform(size: int, block: int, signs: torch.Tensor) -> torch.Tensor:
+        """Signs, then block Hadamard transform: element (i, j) of a block is (−1)^popcount(i & j) / √block."""
+        matrix = torch.zeros(size, size, dtype=torch.float64)
+        flips = bit_string(signs)
+        for i in range(size):
+            for j in range(i // block * block, (i // block + 1) * block):
+                matrix[i, j] = (-1) ** ((i % block & j % block).bit_count() + int(flips[j])) / block**0.5
+        return matrix
+
+    expected = transform(32, 16, tensors["signs_out"]).T @ rotated @ transform(64, 32, tensors["signs_in"])
+    torch.testing.assert_close(layer.weight().double(), expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(("kind", "bits"), TRELLIS)
+def test_trellis_slices_at_hadamard_blocks(kind: str, bits: int) -> None:
+    layer, _, _ = random_layer(kind, bits, 64, 128, density=0.05)
+    block = layer.slice((16, 48), (32, 96))
+    block.check(name="block")
+    torch.testing.assert_close(block.weight(), layer.weight()[16:48, 32:96], rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"output features 8:64.*multiples of 16"):
+        layer.slice(rows=(8, 64))
+    with pytest.raises(ValueError, match=r"input features 0:48.*multiples of 32"):
+        layer.slice(columns=(0, 48))
 
 
 @settings(max_examples=60, deadline=None)

@@ -84,12 +84,12 @@ def test_implementation_for_other_devices(make_layer: Callable, kind: str, colum
 def test_unknown_kind_and_wrong_sizes(make_layer: Callable) -> None:
     layer = make_layer("uniform", 4, 32, 6, 64)
     packed = layer.repack()
-    with pytest.raises(ValueError, match=r"unknown kind 'trellis'.*lut, uniform"):
-        kernels.repack("trellis", layer.tensors, bits=4, group_size=32, in_features=64, device="cpu")
+    with pytest.raises(ValueError, match=r"unknown kind 'ternary'.*lut, trellis, uniform"):
+        kernels.repack("ternary", layer.tensors, bits=4, group_size=32, in_features=64, device="cpu")
     with pytest.raises(ValueError, match="unknown kind"):
-        kernels.linear("trellis", torch.randn(1, 64), packed, bits=4, group_size=32)
+        kernels.linear("ternary", torch.randn(1, 64), packed, bits=4, group_size=32)
     with pytest.raises(ValueError, match="unknown kind"):
-        kernels.kernel_path("trellis", "cpu")
+        kernels.kernel_path("ternary", "cpu")
     with pytest.raises(ValueError, match="needs lookup_table"):
         kernels.repack("lut", layer.tensors, bits=4, group_size=0, in_features=64, device="cpu")
     with pytest.raises(ValueError, match="65 input features"):

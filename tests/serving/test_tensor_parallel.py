@@ -36,7 +36,7 @@ def outputs_per_rank(as_rank, tp, build, shards, layers, packed=None) -> list[to
 @formats
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_qkv_with_grouped_and_replicated_kv_heads(as_rank, tp, fmt, kv_heads):
-    heads, size = 4, 24
+    heads, size = 4, 32
     layers = {
         f"a.{name}_proj": random_layer(count * size, HIDDEN, seed=seed, **fmt)
         for seed, (name, count) in enumerate({"q": heads, "k": kv_heads, "v": kv_heads}.items())
@@ -64,7 +64,7 @@ def test_qkv_with_grouped_and_replicated_kv_heads(as_rank, tp, fmt, kv_heads):
 @formats
 def test_prefused_qkv(as_rank, tp, fmt):
     """Phi-3 stores one matrix with all of q, then k, then v; a rank needs three ranges of its rows."""
-    heads, kv_heads, size = 4, 2, 24
+    heads, kv_heads, size = 4, 2, 32
     layer = random_layer((heads + 2 * kv_heads) * size, HIDDEN, **fmt)
     outputs = outputs_per_rank(
         as_rank,
@@ -95,7 +95,7 @@ def gather(outputs: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
 
 @formats
 def test_merged_column(as_rank, tp, fmt):
-    sizes = [48, 80]
+    sizes = [64, 128]
     gate, up = (random_layer(size, HIDDEN, seed=size, **fmt) for size in sizes)
     layers = {"m.gate_proj": gate, "m.up_proj": up}
     outputs = outputs_per_rank(
@@ -135,6 +135,38 @@ def test_merged_column_of_two_formats(as_rank, tp, other):
     assert_close(gather(outputs, sizes), expected)
 
 
+def test_trellis_siblings_with_other_input_signs_are_segments_of_their_own(as_rank, tp):
+    sizes = [64, 64]
+    gate, up = (random_layer(64, HIDDEN, seed=seed, **FORMATS["trellis2-sparse"]) for seed in (0, 1))
+    up.tensors["signs_in"].bitwise_not_()
+    modules = []
+
+    def build(config):
+        modules.append(merged(config, sizes))
+        return modules[-1]
+
+    layers = {"m.gate_proj": gate, "m.up_proj": up}
+    outputs = outputs_per_rank(as_rank, tp, build, {0: gate, 1: up}, layers, {"gate_up_proj": ["gate_proj", "up_proj"]})
+    assert all(len(module.quant_method.segments) == 2 for module in modules)
+    expected = torch.cat([inputs() @ gate.weight().T, inputs() @ up.weight().T], dim=1)
+    assert_close(gather(outputs, sizes), expected)
+
+
+def test_rows_inside_a_hadamard_block_are_refused_before_loading(as_rank, tp):
+    """48 rows in blocks of 16 go to one rank or to three."""
+    layer = random_layer(48, HIDDEN, **FORMATS["trellis2-sparse"])
+    as_rank(0, tp)
+
+    def build():
+        return ColumnParallelLinear(HIDDEN, 48, bias=False, quant_config=quant_config({"c": layer}), prefix="c")
+
+    if tp == 1:
+        build()
+        return
+    with pytest.raises(ValueError, match=r"c: .*48 output features.*multiple of 16"):
+        build()
+
+
 def test_merged_column_stored_in_uneven_pieces(as_rank, tp):
     """Two stored modules that hold three partitions: one arrives under a tuple of shard ids."""
     sizes = [32, 64, 16]
@@ -161,11 +193,11 @@ def with_bias(module: torch.nn.Module, bias: torch.Tensor) -> torch.nn.Module:
 
 @formats
 def test_column_parallel_with_bias(as_rank, tp, fmt):
-    layer, bias = random_layer(96, HIDDEN, **fmt), torch.randn(96)
+    layer, bias = random_layer(128, HIDDEN, **fmt), torch.randn(128)
     outputs = outputs_per_rank(
         as_rank,
         tp,
-        lambda config: with_bias(ColumnParallelLinear(HIDDEN, 96, bias=True, quant_config=config, prefix="c"), bias),
+        lambda config: with_bias(ColumnParallelLinear(HIDDEN, 128, bias=True, quant_config=config, prefix="c"), bias),
         {None: layer},
         {"c": layer},
     )
@@ -176,13 +208,13 @@ def test_column_parallel_with_bias(as_rank, tp, fmt):
 @pytest.mark.parametrize("features", [HIDDEN, 384])
 def test_row_parallel_with_bias(as_rank, tp, fmt, features):
     """384 / 4 = 96 cuts groups of 128 in two; the bias counts once."""
-    layer, bias, x = random_layer(40, features, **fmt), torch.randn(40), inputs(features)
+    layer, bias, x = random_layer(48, features, **fmt), torch.randn(48), inputs(features)
     outputs = []
     for rank in range(tp):
         as_rank(rank, tp)
         module = RowParallelLinear(
             features,
-            40,
+            48,
             bias=True,
             quant_config=quant_config({"r": layer}),
             prefix="r",
@@ -194,11 +226,11 @@ def test_row_parallel_with_bias(as_rank, tp, fmt, features):
 
 @formats
 def test_replicated_and_disabled_tensor_parallelism(as_rank, tp, fmt):
-    layer = random_layer(56, HIDDEN, **fmt)
+    layer = random_layer(64, HIDDEN, **fmt)
     for build in (
-        lambda config: ReplicatedLinear(HIDDEN, 56, bias=False, quant_config=config, prefix="r"),
-        lambda config: ColumnParallelLinear(HIDDEN, 56, bias=False, quant_config=config, prefix="r", disable_tp=True),
-        lambda config: RowParallelLinear(HIDDEN, 56, bias=False, quant_config=config, prefix="r", disable_tp=True),
+        lambda config: ReplicatedLinear(HIDDEN, 64, bias=False, quant_config=config, prefix="r"),
+        lambda config: ColumnParallelLinear(HIDDEN, 64, bias=False, quant_config=config, prefix="r", disable_tp=True),
+        lambda config: RowParallelLinear(HIDDEN, 64, bias=False, quant_config=config, prefix="r", disable_tp=True),
     ):
         for output in outputs_per_rank(as_rank, tp, build, {None: layer}, {"r": layer}):
             assert_close(output, inputs() @ layer.weight().T)

@@ -15,6 +15,7 @@ FORMATS = {
     "uniform3-sparse": {"kind": "uniform", "bits": 3, "group_size": 128, "density": 0.02},
     "lut3": {"kind": "lut", "bits": 3, "density": 0.0},
     "lut4-sparse": {"kind": "lut", "bits": 4, "density": 0.02},
+    "trellis2-sparse": {"kind": "trellis", "bits": 2, "density": 0.02},
 }
 
 

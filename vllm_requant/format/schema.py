@@ -83,6 +83,11 @@ class _LayerBase(BaseModel):
         return 1
 
     @property
+    def column_quantum(self) -> int:
+        """Input features can be cut at multiples of this many."""
+        return 1
+
+    @property
     def index_dtype(self) -> torch.dtype:
         """Type of the sparse column indices."""
         return torch.uint16 if self.in_features <= _UINT16_COLUMNS else torch.int32
@@ -133,6 +138,10 @@ class UniformSpec(_LayerBase):
     @property
     def kernel_settings(self) -> dict[str, int]:
         return {"bits": self.bits, "group_size": self.group_size}
+
+    @property
+    def column_quantum(self) -> int:
+        return 32
 
     @property
     def groups(self) -> int:
@@ -199,8 +208,11 @@ class TrellisSpec(_LayerBase):
 
     @property
     def row_quantum(self) -> int:
-        """Rows can be cut at multiples of a Hadamard block."""
         return self.block_out
+
+    @property
+    def column_quantum(self) -> int:
+        return self.block_in
 
     @property
     def tile_columns(self) -> int:

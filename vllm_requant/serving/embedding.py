@@ -55,6 +55,8 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
         Raises:
             ValueError: the checkpoint's matrix is not the model's.
         """
+        if self.spec.kind == "trellis":
+            raise ValueError(f"{self.name}: an embedding or a head cannot be of the trellis kind, whose rows are mixed")
         stored, wanted = (self.spec.out_features, self.spec.in_features), (layer.org_vocab_size, input_size)
         if stored != wanted:
             raise ValueError(

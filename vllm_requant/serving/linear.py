@@ -156,7 +156,10 @@ class RequantLinearMethod(LinearMethodBase):
             for name, spec in self.modules.items():
                 _require_split(name, spec, input_size // input_size_per_partition)
         partitions = layer_partitions(layer, output_partition_sizes, output_size)
-        self._stash = WeightStash(plan_modules(self.modules, partitions, columns), dummy=self.config.dummy)
+        modules = plan_modules(self.modules, partitions, columns)
+        for module in modules:
+            _require_row_borders(module)
+        self._stash = WeightStash(modules, dummy=self.config.dummy)
         self._stash.attach(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -193,6 +196,20 @@ def _splits(spec: LayerSpec, ranks: int) -> bool:
     return True
 
 
+def _require_row_borders(module: StoredModule) -> None:
+    """Fail before anything is read.
+
+    Raises:
+        ValueError: the kind cannot be cut at the borders of this rank's rows.
+    """
+    quantum = module.spec.row_quantum
+    if any(border % quantum for rows in module.rows for border in rows):
+        raise ValueError(
+            f"{module.name}: a rank's part of its {module.spec.out_features} output features must be a multiple of "
+            f"{quantum} for {module.spec.kind} weights; lower --tensor-parallel-size"
+        )
+
+
 def _require_split(name: str, spec: LayerSpec, ranks: int) -> None:
     """Fail before anything is read, naming the sizes that would do.
 
@@ -203,6 +220,7 @@ def _require_split(name: str, spec: LayerSpec, ranks: int) -> None:
         fitting = [str(tp) for tp in range(1, _MAX_SUGGESTED_TP + 1) if _splits(spec, tp)]
         raise ValueError(
             f"{name}: its {spec.in_features} input features cannot be split over {ranks} tensor-parallel "
-            f"ranks; a rank's {spec.in_features / ranks:g} must be a multiple of 32 for {spec.kind} weights. "
+            f"ranks; a rank's {spec.in_features / ranks:g} must be a multiple of {spec.column_quantum} for {spec.kind} "
+            "weights. "
             f"This layer allows --tensor-parallel-size {', '.join(fitting)}"
         )

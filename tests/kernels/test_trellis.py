@@ -1,0 +1,150 @@
+"""Trellis products equal the reference on every instruction set and for every shape of block."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_requant import kernels
+from vllm_requant.format import QuantizedLayer, TrellisSpec
+from vllm_requant.kernels import cpu, ops, reference
+
+SHAPES = [(128, 256, 128, 64), (192, 576, 64, 64), (48, 96, 16, 32), (256, 128, 32, 128), (16, 16, 16, 16)]
+
+
+def build(bits: int, state_bits: int, shape: tuple[int, int, int, int], density: float = 0.0) -> QuantizedLayer:
+    rows, columns, block_out, block_in = shape
+    spec = TrellisSpec(
+        bits=bits,
+        state_bits=state_bits,
+        block_in=block_in,
+        block_out=block_out,
+        in_features=columns,
+        out_features=rows,
+    )
+    generator = torch.Generator().manual_seed(rows + bits)
+    dense = {
+        name: torch.randint(256, wanted.shape, dtype=torch.uint8, generator=generator)
+        for name, wanted in spec.dense_tensors().items()
+    }
+    dense["scales"] = (torch.rand(dense["scales"].shape, generator=generator) * 1e-3 + 1e-4).half()
+    mask = torch.rand(rows, columns, generator=generator) < density
+    if density:
+        mask[0], mask[-1] = True, False
+    weight = torch.randn(rows, columns, generator=generator)
+    layer = QuantizedLayer.build(spec, dense, weight=weight, mask=mask)
+    layer.check(name="random")
+    return layer
+
+
+def repack(layer: QuantizedLayer) -> dict[str, Tensor]:
+    spec = layer.spec
+    return kernels.repack("trellis", layer.tensors, in_features=spec.in_features, device="cpu", **spec.kernel_settings)
+
+
+def assert_product(y: Tensor, x: Tensor, layer: QuantizedLayer, relative: float) -> None:
+    exact = x.double() @ layer.weight().double().t()
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    # rotations mix all elements of a row, so errors are relative to its length, not to single products
+    bound = relative * x.double().norm(dim=-1, keepdim=True) * layer.weight().double().norm(dim=1)
+    assert ((y.double() - exact).abs() <= bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("state_bits", [8, 12, 16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_equal_the_reference(isa: str, bits: int, state_bits: int, shape: tuple[int, int, int, int]) -> None:
+    for density in (0.0, 0.03):
+        layer = build(bits, state_bits, shape, density)
+        packed = repack(layer)
+        for batch in (1, 3, ops.FUSED_BATCH, ops.FUSED_BATCH + 3):
+            x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
+            y = kernels.linear("trellis", x, packed, **layer.spec.kernel_settings)
+            assert_product(y, x, layer, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [2, 40])
+def test_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, batch: int) -> None:
+    monkeypatch.setattr(ops, "PANEL_BYTES", 1)  # a panel of 128 rows, and a rest
+    layer = build(3, 12, (192, 576, 64, 64), 0.01)
+    x = torch.randn(batch, 576).to(dtype)
+    y = kernels.linear("trellis", x[None], repack(layer), **layer.spec.kernel_settings)[0]
+    # one rounding of the result, and for a large bfloat16 batch of rotated activations and weights
+    assert_product(y, x, layer, 4 * torch.finfo(dtype).eps)
+
+
+def test_a_row_has_one_result_in_every_small_batch(isa: str) -> None:
+    layer = build(2, 12, (256, 512, 128, 128), 0.01)
+    packed, x = repack(layer), torch.randn(ops.FUSED_BATCH, 512)
+    together = kernels.linear("trellis", x, packed, **layer.spec.kernel_settings)
+    for batch in (1, 3, 6):
+        assert torch.equal(kernels.linear("trellis", x[:batch], packed, **layer.spec.kernel_settings), together[:batch])
+
+
+def test_threads_do_not_change_the_result() -> None:
+    layer = build(4, 12, (512, 512, 128, 128), 0.01)
+    packed, x = repack(layer), torch.randn(3, 512)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(kernels.linear("trellis", x, packed, **layer.spec.kernel_settings))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_implementation_for_other_devices() -> None:
+    layer = build(3, 12, (64, 128, 32, 64), 0.05)
+    x = torch.randn(4, 128)
+    assert_product(ops._trellis_linear_torch(x, *repack(layer).values(), 3, 12), x, layer, 2e-6)
+
+
+def test_run_time_bytes_are_those_of_the_disk_and_signs() -> None:
+    layer = build(2, 12, (1024, 1024, 128, 128))
+    packed = repack(layer)
+    signs = packed["signs_in"].nbytes + packed["signs_out"].nbytes
+    assert sum(tensor.nbytes for tensor in packed.values()) - signs <= layer.spec.nbytes
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    layer = build(2, 12, (64, 128, 32, 64))
+    packed = repack(layer)
+    with pytest.raises(ValueError, match="64 input features"):
+        kernels.linear("trellis", torch.randn(1, 64), packed, bits=2, state_bits=12)
+    with pytest.raises(ValueError, match="3 bits"):
+        kernels.linear("trellis", torch.randn(1, 128), packed, bits=3, state_bits=12)
+    with pytest.raises(TypeError, match="float64"):
+        kernels.linear("trellis", torch.randn(1, 128, dtype=torch.float64), packed, bits=2, state_bits=12)
+    with pytest.raises(ValueError, match="no rows can be looked up"):
+        kernels.embedding("trellis", torch.tensor([0]), packed, bits=2, in_features=128, dtype=torch.float32)
+
+
+def test_traces_with_a_symbolic_batch() -> None:
+    layer = build(2, 12, (64, 128, 32, 64), 0.02)
+    packed = repack(layer)
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def run(x: Tensor) -> Tensor:
+        return kernels.linear("trellis", x * 2, packed, bits=2, state_bits=12)
+
+    for batch in (2, 5, 33):
+        x = torch.randn(batch, 128)
+        assert_product(run(x), 2 * x, layer, 2e-6)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_hadamard_transform_is_orthonormal_and_its_own_inverse(block: int) -> None:
+    x = torch.randn(3, 2 * block)
+    turned = reference.hadamard_blocks(x, block)
+    torch.testing.assert_close(reference.hadamard_blocks(turned, block), x)
+    torch.testing.assert_close(turned.view(3, 2, block).norm(dim=2), x.view(3, 2, block).norm(dim=2))
+    signs = torch.ones(2 * block) * block**-0.5
+    torch.testing.assert_close(cpu.trellis_rotate(x.clone(), signs, block), turned)
+
+
+@pytest.mark.parametrize("state_bits", [8, 12, 16])
+def test_code_is_nearly_gaussian(state_bits: int) -> None:
+    code = reference.trellis_code(state_bits)
+    assert abs(code.mean()) < 0.02 * code.std()
+    kurtosis = ((code - code.mean()) ** 4).mean() / code.var() ** 2
+    assert kurtosis == pytest.approx(3, abs=0.4)
