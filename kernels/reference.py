@@ -6,6 +6,8 @@ scale fits a float32, and so does a float16 table entry; adding the sparse resid
 ``trellis`` kind are exact up to the sums of two Hadamard transforms.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def hadamard_blocks(x: Tensor, block: int) -> Tensor:
         pairs = x.reshape(-1, 2, width)
         x = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1)
         width *= 2
-    return x.reshape(shape) * block**-0.5
+    return x.reshape(shape) / math.sqrt(block)
 
 
 def _signs(packed: Tensor, count: int) -> Tensor:

@@ -139,14 +139,15 @@ class _Run:
     # what is measured before anything is quantized ------------------------------------------------------------
 
     def _measure(self) -> None:
-        if Need.INPUTS in self.base.needs:
+        needs = self.base.needs | (self.base.refit_needs if self.recipe.refits else frozenset())
+        if Need.INPUTS in needs:
             assert self.tokens is not None
             with self._stage("inputs"):
                 self.inputs = input_statistics(self.model, self.layers, self.tokens)
         if isinstance(self.base, Awq):
             with self._stage("fold"):
                 self._fold(self.base)
-        if Need.FISHER in self.base.needs or self.recipe.needs_start:
+        if Need.FISHER in needs or self.recipe.needs_start:
             assert self.tokens is not None
             with self._stage("gradients"):
                 self.start = pqi.gradient_moments(self.model, self.layers, self.tokens)
@@ -172,7 +173,11 @@ class _Run:
         else:
             dense, masks = self._quantize(None, "quantizing"), none
         budget = round(recipe.significant * self.total)
-        return self._detach(dense, masks, budget) if budget else (dense, masks)
+        if budget:
+            masks = self._detach(dense, masks, budget)
+        if recipe.refits:
+            dense = self._quantize(masks, "re-fitting around the sparse part", refit=True)
+        return dense, masks
 
     def _outliers(self, none: Masks) -> tuple[Dense, Masks]:
         """Algorithm 1: the candidate ratios are re-quantized and the lowest calibration loss wins."""
@@ -202,34 +207,34 @@ class _Run:
     def _outlier_masks(self, counts: Mapping[str, int]) -> Masks:
         if self.recipe.outlier_rule == "magnitude":
             return outliers.largest_magnitude(self.weights, counts)
-        group_size = self.recipe.group_size if self.base.grouped else None
+        group_size = self.recipe.group_size if "group_size" in self.base.options else None
         return outliers.largest_range_reduction(self.weights, counts, group_size)
 
-    def _detach(self, dense: Dense, masks: Masks, budget: int) -> tuple[Dense, Masks]:
-        """Algorithm 2; with ``refit`` the dense part is quantized anew around what has been detached so far."""
-        current = dense
+    def _detach(self, dense: Dense, masks: Masks, budget: int) -> Masks:
+        """Algorithm 2; with ``refit`` each round sees the dense part fitted around what has been detached so far."""
 
         def measure(masks: Masks, number: int) -> dict[str, Tensor]:
-            nonlocal current
-            if number and self.recipe.refit:
-                current = self._quantize(masks, f"re-fitting, round {number}")
+            current = dense
+            if number and self.recipe.refits:
+                current = self._quantize(masks, f"re-fitting, round {number}", refit=True)
             with self._stage("significant"):
                 return self._scores(current, masks, f"detach, round {number + 1}")
 
-        masks = detach_steps(measure, masks, budget, self.recipe.rounds)
-        if self.recipe.refit:
-            current = self._quantize(masks, "re-fitting around the sparse part")
-        return current, masks
+        return detach_steps(measure, masks, budget, self.recipe.rounds)
 
     # pieces ---------------------------------------------------------------------------------------------------
 
-    def _quantize(self, removed: Masks | None, label: str) -> Dense:
+    def _quantize(self, removed: Masks | None, label: str, *, refit: bool = False) -> Dense:
         dense = {}
         with self._stage("quantize"):
             for name, weight in track(self.weights.items(), label, total=len(self.weights)):
                 fisher = self.start.square[name] if self.start is not None else None
                 layer = LayerData(weight, fisher=fisher, inputs=self.inputs.get(name))
-                dense[name] = self.base.quantize(layer, removed[name] if removed is not None else None)
+                if refit:
+                    assert removed is not None
+                    dense[name] = self.base.refit(layer, removed[name])
+                else:
+                    dense[name] = self.base.quantize(layer, removed[name] if removed is not None else None)
         return dense
 
     def _restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:

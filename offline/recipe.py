@@ -26,6 +26,7 @@ class Recipe:
         base: dense quantizer, a key of ``BASES``.
         bits: width of a code.
         group_size: input features that share a scale, for bases with groups.
+        state_bits: of the trellis, for qtip: a bit more halves the gap to the best code and doubles the time.
         outliers: r_o, share of all quantized weights removed before the dense part is fitted.
         significant: r_s, share detached after it.
         rounds: steps in which r_s is spent (r_s / β).
@@ -42,6 +43,7 @@ class Recipe:
     base: str = "squeezellm"
     bits: int = 4
     group_size: int = 64
+    state_bits: int = 12
     outliers: float = DEFAULT_OUTLIERS
     significant: float = DEFAULT_SIGNIFICANT
     rounds: int = 2
@@ -63,6 +65,8 @@ class Recipe:
             raise RecipeError(f"--bits {self.bits}: {self.base} has {', '.join(map(str, base.bits))}")
         if self.group_size < 32 or self.group_size % 32 or self.group_size > 65536:
             raise RecipeError(f"--group-size {self.group_size}: must be a multiple of 32, at most 65536")
+        if not 8 <= self.state_bits <= 16:
+            raise RecipeError(f"--state-bits {self.state_bits}: must lie between 8 and 16")
         for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
             if not 0 <= share <= _MAX_SHARE:
                 raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")
@@ -91,12 +95,18 @@ class Recipe:
             raise RecipeError(f"--nodes {self.nodes}: {error}") from None
 
     def make_base(self) -> Base:
-        return BASES[self.base](self.bits, self.group_size)
+        base = BASES[self.base]
+        return base(self.bits, **{option: getattr(self, option) for option in base.options})
 
     @property
     def ranks(self) -> bool:
         """Whether the metric is asked at all."""
         return self.outlier_rule != "base" and (self.outliers > 0 or self.significant > 0)
+
+    @property
+    def refits(self) -> bool:
+        """Whether the dense part is quantized anew around the sparse one."""
+        return self.refit and self.ranks
 
     @property
     def needs_start(self) -> bool:
@@ -107,7 +117,9 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any step looks at text."""
         chooses = self.ranks and self.metric != "random" and (METRICS[self.metric].needs_path or self.outliers > 0)
-        return bool(BASES[self.base].needs) or self.needs_start or chooses
+        base = BASES[self.base]
+        needs = base.needs | (base.refit_needs if self.refits else frozenset())
+        return bool(needs) or self.needs_start or chooses
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

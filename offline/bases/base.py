@@ -63,19 +63,21 @@ class Base(ABC):
     Attributes:
         name: as on the command line.
         bits: allowed widths.
-        grouped: whether ``group_size`` means anything to it.
+        options: choices of a recipe, beside bits, that mean anything to it: "group_size", "state_bits".
         needs: what :meth:`quantize` wants to find in its :class:`LayerData`.
+        refit_needs: what :meth:`refit` wants in addition.
         folds: whether the model is to be rescaled (:mod:`..folding`) before anything else is done with it.
     """
 
     name: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
-    grouped: ClassVar[bool]
+    options: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
+    refit_needs: ClassVar[frozenset[Need]] = frozenset()
     folds: ClassVar[bool] = False
 
-    @abstractmethod
-    def __init__(self, bits: int, group_size: int) -> None: ...
+    def __init__(self, bits: int) -> None:
+        self.width = bits
 
     @abstractmethod
     def spec(self, in_features: int, out_features: int) -> LayerSpec:
@@ -90,3 +92,12 @@ class Base(ABC):
             removed: bool of the weight's shape: positions that the sparse part will hold. They must not influence
                 ranges or centroids; their codes are those nearest to the weight.
         """
+
+    def refit(self, layer: LayerData, removed: Tensor) -> DenseLayer:
+        """Quantize again once the sparse part is known, with whatever lets the dense part make up for its errors.
+
+        Args:
+            layer: as in :meth:`quantize`, with what :attr:`refit_needs` names.
+            removed: positions that are exact.
+        """
+        return self.quantize(layer, removed)

@@ -69,17 +69,17 @@ class Qtip(Base):
 
     Args:
         bits: K, bits a weight.
-        group_size: not used by this base.
         state_bits: L; the time to find a path doubles with each bit.
     """
 
     name: ClassVar[str] = "qtip"
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
-    grouped: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ("state_bits",)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
 
-    def __init__(self, bits: int, group_size: int, state_bits: int = 12) -> None:
-        self.width, self.state_bits = bits, state_bits
+    def __init__(self, bits: int, state_bits: int = 12) -> None:
+        super().__init__(bits)
+        self.state_bits = state_bits
 
     def spec(self, in_features: int, out_features: int) -> TrellisSpec:
         return TrellisSpec(

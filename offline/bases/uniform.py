@@ -39,10 +39,11 @@ class UniformBase(Base):
     """
 
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
-    grouped: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ("group_size",)
 
     def __init__(self, bits: int, group_size: int) -> None:
-        self.width, self.group_size = bits, group_size
+        super().__init__(bits)
+        self.group_size = group_size
 
     def spec(self, in_features: int, out_features: int) -> UniformSpec:
         return UniformSpec(

@@ -8,6 +8,7 @@ import torch
 
 from vllm_requant.format import QuantizedLayer
 from vllm_requant.offline.bases import BASES, Base, LayerData
+from vllm_requant.offline.bases.squeezellm import feedback_codes, least_squares_table
 from vllm_requant.offline.statistics import InputStatistics
 
 ROWS, COLUMNS, GROUP = 16, 208, 64
@@ -32,7 +33,8 @@ def _with(weight: torch.Tensor) -> LayerData:
 
 
 def _base(name: str, bits: int) -> Base:
-    return BASES[name](bits, GROUP)
+    base = BASES[name]
+    return base(bits, **{"group_size": GROUP} if "group_size" in base.options else {})
 
 
 @pytest.mark.parametrize(("name", "bits"), _all_bases())
@@ -140,3 +142,46 @@ def test_gptq_compensates_around_exact_weights() -> None:
         return float((left @ hessian * left).sum())
 
     assert error(exact) < 0.9 * error(None)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_refit_obeys_the_interface(name: str) -> None:
+    layer, base = _layer(), _base(name, 3)
+    exact = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    exact[:, ::9] = True
+    dense = base.refit(layer, exact)
+    assert dense.spec == base.spec(COLUMNS, ROWS)
+    QuantizedLayer(dense.spec, dense.tensors).check(name=name)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_refitted_tables_lower_the_output_error(bits: int) -> None:
+    layer, base = _layer(), _base("squeezellm", bits)
+    hessian = layer.require_inputs().hessian
+    exact = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    exact[:, ::9] = True
+
+    def error(weight: torch.Tensor) -> float:
+        left = torch.where(exact, layer.weight, weight) - layer.weight
+        return float((left @ hessian * left).sum())
+
+    assert error(base.refit(layer, exact).weight()) < 0.5 * error(base.quantize(layer, exact).weight())
+
+
+def test_least_squares_table_is_the_optimum() -> None:
+    layer = _layer()
+    hessian = layer.require_inputs().hessian
+    exact = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2)) < 0.1
+    start = torch.linspace(-0.1, 0.1, 8).expand(ROWS, 8)
+    codes = feedback_codes(layer.weight, hessian, start, exact)
+    table = least_squares_table(layer.weight, hessian, codes, start, exact)
+
+    def error(table: torch.Tensor) -> torch.Tensor:
+        left = (table.gather(1, codes) - layer.weight) * ~exact
+        return (left @ hessian * left).sum(1)
+
+    best = error(table)
+    assert (best < error(start)).all()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        assert (best <= error(table + 1e-3 * torch.randn(ROWS, 8, generator=generator)) * (1 + 1e-4)).all()

@@ -27,7 +27,7 @@ def _convert(source: Path, out: Path, **choices):  # type: ignore[no-untyped-def
 
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
-@pytest.mark.parametrize(("base", "bits"), [("squeezellm", 3), ("rtn", 4), ("gptq", 3), ("awq", 4)])
+@pytest.mark.parametrize(("base", "bits"), [("squeezellm", 3), ("rtn", 4), ("gptq", 3), ("awq", 4), ("qtip", 2)])
 def test_checkpoint_reproduces_the_quantized_model(tmp_path: Path, architecture: str, base: str, bits: int) -> None:
     source = tiny.save(tmp_path / "in", architecture)
     lm, conversion = _convert(source, tmp_path / "out", base=base, bits=bits)
@@ -179,6 +179,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"bits": 5}, "--bits"),
         ({"bits": 8}, "--bits"),
         ({"group_size": 50}, "--group-size"),
+        ({"state_bits": 17}, "--state-bits"),
         ({"outliers": -0.1}, "--outliers"),
         ({"significant": 0.5}, "--significant"),
         ({"metric": "best"}, "--metric"),

@@ -29,7 +29,7 @@ def test_states_are_windows_of_a_string(bits: int, state_bits: int, rotations: i
     assert ((states[:, :-1] >> bits) == (states[:, 1:] & kept)).all()
     if rotations:
         assert ((states[:, -1] >> bits) == (states[:, 0] & kept)).all()
-        spec = Qtip(bits, 0, state_bits).spec(16, 16)
+        spec = Qtip(bits, state_bits).spec(16, 16)
         packed = _pack(states[:2].view(1, 2, TILE).int(), spec)
         assert torch.equal(trellis_states(packed[0], bits=bits, state_bits=state_bits), states[:2])
 
@@ -121,7 +121,7 @@ def _error(layer: LayerData, weight: torch.Tensor) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_layer_is_valid_and_beats_rounding(bits: int) -> None:
     layer = _layer()
-    base = Qtip(bits, 0, state_bits=10)
+    base = Qtip(bits, state_bits=10)
     dense = base.quantize(layer)
     assert dense.spec == base.spec(192, 64)
     QuantizedLayer(dense.spec, dense.tensors).check(name="m")
@@ -132,13 +132,13 @@ def test_layer_is_valid_and_beats_rounding(bits: int) -> None:
 def test_feedback_and_state_bits_pay() -> None:
     layer = _layer()
     deaf = LayerData(layer.weight, inputs=InputStatistics(torch.eye(192), torch.ones(192)))
-    errors = [_error(layer, Qtip(2, 0, bits).quantize(layer).weight()) for bits in (8, 10, 12)]
+    errors = [_error(layer, Qtip(2, bits).quantize(layer).weight()) for bits in (8, 10, 12)]
     assert errors[0] > errors[1] > errors[2]
-    assert _error(layer, Qtip(2, 0, 10).quantize(deaf).weight()) > 1.1 * errors[1]
+    assert _error(layer, Qtip(2, 10).quantize(deaf).weight()) > 1.1 * errors[1]
 
 
 def test_layers_of_one_width_share_their_input_signs() -> None:
-    base = Qtip(2, 0, 8)
+    base = Qtip(2, 8)
     one, two = (base.quantize(_layer(rows)).tensors for rows in (32, 64))
     assert torch.equal(one["signs_in"], two["signs_in"])
     assert not torch.equal(one["signs_in"], torch.zeros_like(one["signs_in"]))
@@ -146,7 +146,7 @@ def test_layers_of_one_width_share_their_input_signs() -> None:
 
 def test_a_layer_of_zeros_stays_zero() -> None:
     layer = LayerData(torch.zeros(32, 64), inputs=InputStatistics(torch.eye(64), torch.ones(64)))
-    assert (Qtip(2, 0, 8).quantize(layer).weight() == 0).all()
+    assert (Qtip(2, 8).quantize(layer).weight() == 0).all()
 
 
 def test_block_sizes() -> None:

@@ -21,9 +21,10 @@ log = logging.getLogger(__name__)
 def command(
     model: Annotated[str, typer.Argument(help="Local folder, Hub id, or GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint; must not exist.")],
-    base: Annotated[str, typer.Option(help="Dense quantizer: squeezellm, awq, gptq or rtn.")] = "squeezellm",
+    base: Annotated[str, typer.Option(help="Dense quantizer: qtip, squeezellm, awq, gptq or rtn.")] = "squeezellm",
     bits: Annotated[int, typer.Option(help="Bits of a dense code.")] = 4,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, gptq, awq, and the head).")] = 64,
+    state_bits: Annotated[int, typer.Option(help="Width of a trellis state (qtip): 12 is fast, 16 is best.")] = 12,
     outliers: Annotated[
         float, typer.Option(parser=share, metavar="SHARE", help="Outliers removed before the dense fit.")
     ] = "0.45%",  # type: ignore[assignment]
@@ -69,6 +70,7 @@ def command(
             base=base,
             bits=bits,
             group_size=group_size,
+            state_bits=state_bits,
             outliers=outliers,
             significant=significant,
             rounds=rounds,
