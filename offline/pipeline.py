@@ -103,6 +103,11 @@ class _Run:
     def __post_init__(self) -> None:
         self.model = self.lm.model
         self.layers = find_layers(self.model)
+        self.passes = (
+            pqi.Objective(self.model, self.layers, self.tokens, self.recipe.compute)
+            if self.tokens is not None
+            else None
+        )
         self.numel = {name: layer.weight.numel() for name, layer in self.layers.items()}
         self.total = sum(self.numel.values())
         self.base = self.recipe.make_base()
@@ -118,7 +123,7 @@ class _Run:
     def convert(self) -> Conversion:
         if self.tokens is not None:
             with self._stage("original_loss"):
-                self.loss_original = pqi.calibration_loss(self.model, self.tokens, "loss of the original")
+                self.loss_original = self.objective.loss(label="loss of the original")
         self._measure()
         # after folding: from here on the rescaled weights are the original
         self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
@@ -136,6 +141,12 @@ class _Run:
                 self._log_layer(name, layers[name], weight)
         return Conversion(layers, report)
 
+    @property
+    def objective(self) -> pqi.Objective:
+        """The calibration loss; only for recipes that look at text."""
+        assert self.passes is not None
+        return self.passes
+
     # what is measured before anything is quantized ------------------------------------------------------------
 
     def _measure(self) -> None:
@@ -148,9 +159,8 @@ class _Run:
             with self._stage("fold"):
                 self._fold(self.base)
         if Need.FISHER in needs or self.recipe.needs_start:
-            assert self.tokens is not None
             with self._stage("gradients"):
-                self.start = pqi.gradient_moments(self.model, self.layers, self.tokens)
+                self.start = self.objective.gradients()
 
     def _fold(self, base: Awq) -> None:
         folds = list(find_folds(self.model))
@@ -253,21 +263,16 @@ class _Run:
         }
 
     def _integrate(self, restored: Mapping[str, Tensor], label: str) -> pqi.PathIntegral:
-        assert self.tokens is not None
         assert self.loss_original is not None
-        integral = pqi.integrate(
-            self.model,
-            self.layers,
+        integral = self.objective.integrate(
             restored,
-            self.tokens,
             rule=self.recipe.quadrature,
             nodes=self.recipe.nodes,
             squares=self.metric.needs_squares or self.cache.enabled,
             cache=self.cache,
             label=f"integral ({label})",
         )
-        with pqi.weights_replaced(self.layers, restored):
-            loss = pqi.calibration_loss(self.model, self.tokens, f"actual loss ({label})")
+        loss = self.objective.loss(restored, f"actual loss ({label})")
         share = integral.predicted()
         predicted, actual = sum(share.values()), loss - self.loss_original
         error = abs(predicted - actual) / abs(actual) if actual else float("nan")
@@ -290,9 +295,7 @@ class _Run:
         return integral
 
     def _loss(self, dense: Dense, masks: Masks, label: str) -> float:
-        assert self.tokens is not None
-        with pqi.weights_replaced(self.layers, self._restored(dense, masks)):
-            return pqi.calibration_loss(self.model, self.tokens, label)
+        return self.objective.loss(self._restored(dense, masks), label)
 
     def _join(self, dense: Dense, masks: Masks) -> dict[str, QuantizedLayer]:
         layers = {}
@@ -333,8 +336,8 @@ class _Run:
             assert self.loss_original is not None
             # the stored weights, rounding of the residual included
             stored = {name: layer.weight() for name, layer in layers.items()}
-            with self._stage("final_loss"), pqi.weights_replaced(self.layers, stored):
-                loss = pqi.calibration_loss(self.model, self.tokens, "loss of the result")
+            with self._stage("final_loss"):
+                loss = self.objective.loss(stored, "loss of the result")
             report |= {
                 "calibration_loss_original": self.loss_original,
                 "calibration_loss": loss,

@@ -10,7 +10,7 @@ the paper uses 32 equally spaced points.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .cache import MomentsCache, fingerprint
+from .path import moving_layers
 from .progress import track
 
-__all__ = [
-    "QUADRATURES",
-    "GradientMoments",
-    "PathIntegral",
-    "calibration_loss",
-    "gradient_moments",
-    "integrate",
-    "quadrature",
-    "token_loss",
-    "weights_replaced",
-]
+__all__ = ["COMPUTE_DTYPES", "QUADRATURES", "GradientMoments", "Objective", "PathIntegral", "quadrature"]
 
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUADRATURES = ("gauss", "midpoint", "uniform")
 
 
@@ -56,47 +48,6 @@ def quadrature(rule: str, nodes: int) -> tuple[list[float], list[float]]:
     raise ValueError(f"unknown quadrature {rule!r}; choose one of {', '.join(QUADRATURES)}")
 
 
-def token_loss(model: Any, tokens: Tensor) -> Tensor:
-    """Mean next-token cross-entropy (nats) of one batch of sequences, int64 ``[batch, seq_len]``."""
-    logits = model(tokens).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-@torch.no_grad()
-def calibration_loss(model: Any, tokens: Tensor, label: str = "calibration loss") -> float:
-    """F: mean over the sequences ``[num_samples, seq_len]`` of their mean token cross-entropy."""
-    device = next(model.parameters()).device
-    losses = [float(token_loss(model, row[None].to(device))) for row in track(tokens, label, total=len(tokens))]
-    return float(np.mean(losses))
-
-
-@contextmanager
-def weights_replaced(layers: Mapping[str, nn.Linear], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run a block with other weights in the layers; the previous ones come back afterwards."""
-    saved = {name: layer.weight.data for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.weight.data = weights[name].to(saved[name].device)
-        yield
-    finally:
-        for name, layer in layers.items():
-            layer.weight.data = saved[name]
-
-
-@contextmanager
-def _gradients_of(layers: Mapping[str, nn.Linear]) -> Iterator[None]:
-    """Differentiate with respect to the weights of ``layers``, starting from and leaving no gradient."""
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
-        layer.weight.grad = None
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.weight.requires_grad_(False)
-            layer.weight.grad = None
-
-
 @dataclass(frozen=True)
 class GradientMoments:
     """Moments over the calibration sequences of a gradient g_s of each sequence's loss; float32, by layer.
@@ -110,16 +61,10 @@ class GradientMoments:
     gradient: dict[str, Tensor]
     square: dict[str, Tensor]
 
-    @classmethod
-    def zeros(cls, layers: Mapping[str, nn.Linear], *, squares: bool) -> "GradientMoments":
-        gradient = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
-        return cls(gradient, {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {})
-
     def flat(self) -> dict[str, Tensor]:
         """All tensors in one mapping, to be stored."""
-        return {f"gradient.{n}": t for n, t in self.gradient.items()} | {
-            f"square.{n}": t for n, t in self.square.items()
-        }
+        parts = {"gradient": self.gradient, "square": self.square}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
     @classmethod
     def from_flat(cls, tensors: Mapping[str, Tensor]) -> "GradientMoments":
@@ -130,95 +75,148 @@ class GradientMoments:
             parts[part][name] = tensor
         return cls(**parts)
 
-    def take(self, layers: Mapping[str, nn.Linear], share: float) -> None:
-        """Add the gradients that the layers hold, weighted with ``share``, and clear them."""
-        for name, layer in layers.items():
-            grad = layer.weight.grad
-            assert grad is not None
-            if self.square:
-                self.square[name].addcmul_(grad, grad, value=share)
-            self.gradient[name].add_(grad, alpha=share)
-            layer.weight.grad = None
-
-
-def gradient_moments(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> GradientMoments:
-    """Moments of the gradient at the model's own weights: one forward and backward pass a sequence."""
-    device = next(model.parameters()).device
-    with _gradients_of(layers):
-        moments = GradientMoments.zeros(layers, squares=True)
-        for row in track(tokens, "gradients of the original", total=len(tokens)):
-            token_loss(model, row[None].to(device)).backward()
-            moments.take(layers, 1 / len(tokens))
-    return moments
-
 
 @dataclass(frozen=True)
 class PathIntegral:
-    """The gradient along the path w → w̃, with its displacement.
+    """The gradient along the path w → w̃.
 
     Attributes:
-        delta: Δ by layer, float32.
+        start, end: w and w̃ by layer.
         moments: of the path-averaged gradient of each sequence, ``ḡ_s = Σ_k a_k ∇F_s(w + t_k Δ)``.
     """
 
-    delta: dict[str, Tensor]
+    start: Mapping[str, Tensor]
+    end: Mapping[str, Tensor]
     moments: GradientMoments
 
     def predicted(self) -> dict[str, float]:
         """Signed share of ΔF of every layer; the sum predicts ΔF."""
-        return {
-            name: float(torch.dot(gradient.flatten().double(), self.delta[name].flatten().double()))
-            for name, gradient in self.moments.gradient.items()
-        }
+        share = {}
+        for name, gradient in self.moments.gradient.items():
+            delta = (self.end[name] - self.start[name]).to(gradient.device)
+            share[name] = float(torch.dot(gradient.flatten().double(), delta.flatten().double()))
+        return share
 
 
-def integrate(
-    model: Any,
-    layers: Mapping[str, nn.Linear],
-    quantized: Mapping[str, Tensor],
-    tokens: Tensor,
-    *,
-    rule: str = "gauss",
-    nodes: int = 4,
-    squares: bool = False,
-    cache: MomentsCache | None = None,
-    label: str = "post-quantization integral",
-) -> PathIntegral:
-    """Integrate the gradient from the model's weights to ``quantized``.
+@dataclass(frozen=True)
+class Objective:
+    """F: the mean over calibration sequences of their mean token cross-entropy, in nats.
 
-    Args:
-        model: holds the original weights w; they are restored afterwards.
-        layers: what is moved.
-        quantized: w̃ by layer, float32 ``[out_features, in_features]``.
+    Attributes:
+        model: holds the original weights w, which no method changes.
+        layers: the layers whose weights F is looked at as a function of.
         tokens: int64 ``[num_samples, seq_len]``.
-        rule, nodes: of the quadrature.
-        squares: also collect second moments.
-        cache: where results are kept.
-
-    Returns:
-        The path integral; costs ``nodes · num_samples`` forward and backward passes.
+        compute: "float32", or "bfloat16" for mixed precision, about twice as fast and half the activations; F itself
+            is then the loss in that precision, for the gradients and for the actual ΔF alike.
+        checkpointing: keep the activations of block borders only and compute the others again.
+        accumulate_on: device of the accumulated gradients; None for the model's. "cpu" frees the memory of a GPU.
     """
-    device = next(model.parameters()).device
-    path = list(zip(*quadrature(rule, nodes), strict=True))
-    original = {name: layer.weight.data for name, layer in layers.items()}
-    delta = {name: quantized[name].to(device) - original[name] for name in layers}
-    moving = {name: weight.clone() for name, weight in original.items()}
-    # a sequence walks the whole path before the next one starts: its path-averaged gradient is what gets squared
-    steps = [(row, t, a) for row in tokens for t, a in path]
 
-    def collect() -> dict[str, Tensor]:
-        with weights_replaced(layers, moving), _gradients_of(layers):
-            moments = GradientMoments.zeros(layers, squares=squares)
+    model: Any
+    layers: Mapping[str, nn.Linear]
+    tokens: Tensor
+    compute: str = "float32"
+    checkpointing: bool = False
+    accumulate_on: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """w by layer."""
+        return {name: layer.weight.data for name, layer in self.layers.items()}
+
+    def loss(self, weights: Mapping[str, Tensor] | None = None, label: str = "calibration loss") -> float:
+        """F at the given weights, or at w."""
+        with torch.no_grad(), moving_layers(self.layers, weights or self.start) as states:
+            for state in states.values():
+                state.t = 1.0
+            losses = [float(self._sequence_loss(row)) for row in track(self.tokens, label, total=len(self.tokens))]
+        return float(np.mean(losses))
+
+    def gradients(self, label: str = "gradients of the original") -> GradientMoments:
+        """First and second moments of the gradient at w: one forward and backward pass a sequence."""
+        return self._moments(self.start, [(0.0, 1.0)], squares=True, label=label)
+
+    def integrate(
+        self,
+        end: Mapping[str, Tensor],
+        *,
+        rule: str = "gauss",
+        nodes: int = 4,
+        squares: bool = False,
+        cache: MomentsCache | None = None,
+        label: str = "post-quantization integral",
+    ) -> PathIntegral:
+        """Integrate the gradient from w to ``end``.
+
+        Args:
+            end: w̃ by layer, ``[out_features, in_features]``.
+            rule, nodes: of the quadrature.
+            squares: also collect second moments.
+            cache: where results are kept.
+
+        Returns:
+            The path integral; costs ``nodes · num_samples`` forward and backward passes.
+        """
+        path = list(zip(*quadrature(rule, nodes), strict=True))
+
+        def key() -> str:
+            settings = {"path": path, "squares": squares, "compute": self.compute}
+            return fingerprint(self.model.state_dict(), end, self.tokens, **settings)
+
+        device = torch.device(self.accumulate_on or self.device)
+        tensors = (cache or MomentsCache()).get(
+            key, device, lambda: self._moments(end, path, squares=squares, label=label).flat()
+        )
+        return PathIntegral(self.start, end, GradientMoments.from_flat(tensors))
+
+    def _moments(
+        self, end: Mapping[str, Tensor], path: list[tuple[float, float]], *, squares: bool, label: str
+    ) -> GradientMoments:
+        device = torch.device(self.accumulate_on or self.device)
+        count = len(self.tokens)
+        # a sequence walks the whole path before the next one starts: its path-averaged gradient is what gets squared
+        steps = [(row, t, a) for row in self.tokens for t, a in path]
+        with moving_layers(self.layers, end) as states, self._training():
+            gradient = {name: torch.zeros(s.start.shape, device=device) for name, s in states.items()}
+            square = {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {}
+            for name, state in states.items():
+                state.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]
             for number, (row, t, a) in enumerate(track(steps, label, total=len(steps)), start=1):
-                for name, weight in moving.items():
-                    torch.add(original[name], delta[name], alpha=t, out=weight)
-                # autograd sums over the nodes by itself
-                (token_loss(model, row[None].to(device)) * a).backward()
-                if number % len(path) == 0:
-                    moments.take(layers, 1 / len(tokens))
-        return moments.flat()
+                for state in states.values():
+                    state.t, state.share = t, a if squares else a / count
+                self._sequence_loss(row).backward()
+                if squares and number % len(path) == 0:
+                    for name, state in states.items():
+                        assert state.gradient is not None
+                        gradient[name].add_(state.gradient, alpha=1 / count)
+                        square[name].addcmul_(state.gradient, state.gradient, value=1 / count)
+                        state.gradient.zero_()
+        return GradientMoments(gradient, square)
 
-    def key() -> str:
-        return fingerprint(model.state_dict(), delta, tokens, path=path, squares=squares)
+    def _sequence_loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token cross-entropy of one sequence, int64 ``[seq_len]``."""
+        tokens = tokens.to(self.device)
+        dtype = COMPUTE_DTYPES[self.compute]
+        with torch.autocast(self.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
+            logits = self.model(tokens[None]).logits[0, :-1]
+        return nn.functional.cross_entropy(logits.float(), tokens[1:])
 
-    return PathIntegral(delta, GradientMoments.from_flat((cache or MomentsCache()).get(key, device, collect)))
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Turn activation checkpointing on for a block."""
+        if not self.checkpointing:
+            yield
+            return
+        # transformers checkpoints in training mode only, which changes nothing else in models without dropout
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.gradient_checkpointing_disable()
+            self.model.eval()

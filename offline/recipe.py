@@ -5,7 +5,7 @@ from typing import Any
 
 from .bases import BASES, Base
 from .metrics import METRICS
-from .pqi import QUADRATURES, quadrature
+from .pqi import COMPUTE_DTYPES, QUADRATURES, quadrature
 
 __all__ = ["DEFAULT_OUTLIERS", "DEFAULT_SIGNIFICANT", "OUTLIER_RULES", "Recipe", "RecipeError"]
 
@@ -35,6 +35,7 @@ class Recipe:
             a group; or "base": the base's own rule for the whole sparse part, which then no metric chooses.
         refit: quantize the dense part anew around the detached weights.
         quadrature, nodes: how the path is integrated.
+        compute: precision of the gradients, a key of ``COMPUTE_DTYPES``.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
         seed: of calibration and of the random control.
@@ -52,6 +53,7 @@ class Recipe:
     refit: bool = True
     quadrature: str = "gauss"
     nodes: int = 4
+    compute: str = "float32"
     lm_head_bits: int = 16
     num_samples: int = 32
     seq_len: int = 512
@@ -78,6 +80,8 @@ class Recipe:
             raise RecipeError(f"--outlier-rule base: {self.base} has no rule of its own for sparse weights")
         if self.quadrature not in QUADRATURES:
             raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
+        if self.compute not in COMPUTE_DTYPES:
+            raise RecipeError(f"--compute {self.compute}: choose one of {', '.join(COMPUTE_DTYPES)}")
         for flag, value in (
             ("--nodes", self.nodes),
             ("--num-samples", self.num_samples),

@@ -187,6 +187,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"outlier_rule": "base", "base": "rtn"}, "--outlier-rule"),
         ({"quadrature": "simpson"}, "--quadrature"),
         ({"nodes": 0}, "--nodes"),
+        ({"compute": "int8"}, "--compute"),
         ({"nodes": 1, "quadrature": "uniform"}, "--nodes"),
         ({"lm_head_bits": 3}, "--lm-head-bits"),
         ({"num_samples": 0}, "--num-samples"),

@@ -54,9 +54,8 @@ def test_unknown_rule_is_refused() -> None:
 
 def _delta_loss(setting) -> float:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
-    before = pqi.calibration_loss(model, tokens)
-    with pqi.weights_replaced(layers, quantized):
-        return pqi.calibration_loss(model, tokens) - before
+    objective = pqi.Objective(model, layers, tokens)
+    return objective.loss(quantized) - objective.loss()
 
 
 def test_signed_sum_predicts_the_change_of_loss(setting) -> None:  # type: ignore[no-untyped-def]
@@ -64,31 +63,35 @@ def test_signed_sum_predicts_the_change_of_loss(setting) -> None:  # type: ignor
     actual = _delta_loss(setting)
     error = {}
     for nodes in (1, 2, 4, 8):
-        integral = pqi.integrate(model, layers, quantized, tokens, rule="gauss", nodes=nodes)
+        integral = pqi.Objective(model, layers, tokens).integrate(quantized, rule="gauss", nodes=nodes)
         error[nodes] = abs(sum(integral.predicted().values()) - actual) / abs(actual)
     assert error[8] < 5e-3, error
     assert error[8] < error[4] < error[1], error
     # first order, the gradient at w alone, is far off: this is why the integral exists
-    first_order = pqi.integrate(model, layers, quantized, tokens, rule="uniform", nodes=2)
+    first_order = pqi.Objective(model, layers, tokens).integrate(quantized, rule="uniform", nodes=2)
     assert abs(sum(first_order.predicted().values()) - actual) / abs(actual) > error[8]
 
 
 def _gradient(model, layer, weights, row):  # type: ignore[no-untyped-def]
     """One gradient of one sequence, the long way."""
     layers = find_layers(model)
-    with pqi.weights_replaced(layers, weights):
-        layer.weight.requires_grad_(True)
-        logits = model(row[None]).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, row[1:])
-        gradient = torch.autograd.grad(loss, layer.weight)[0]
-        layer.weight.requires_grad_(False)
+    saved = {name: la.weight.data for name, la in layers.items()}
+    for name, la in layers.items():
+        la.weight.data = weights[name]
+    layer.weight.requires_grad_(True)
+    logits = model(row[None]).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, row[1:])
+    gradient = torch.autograd.grad(loss, layer.weight)[0]
+    layer.weight.requires_grad_(False)
+    for name, la in layers.items():
+        la.weight.data = saved[name]
     return gradient
 
 
 def test_scores_are_the_definitions(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
-    path = pqi.integrate(model, layers, quantized, tokens, rule="midpoint", nodes=2, squares=True)
-    start = pqi.gradient_moments(model, layers, tokens)
+    path = pqi.Objective(model, layers, tokens).integrate(quantized, rule="midpoint", nodes=2, squares=True)
+    start = pqi.Objective(model, layers, tokens).gradients()
     name = list(layers)[3]
     weight = layers[name].weight.data.clone()
     delta = quantized[name] - weight
@@ -116,7 +119,7 @@ def test_scores_are_the_definitions(setting) -> None:  # type: ignore[no-untyped
 def test_a_metric_demands_what_it_needs(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
     name = next(iter(layers))
-    path = pqi.integrate(model, layers, quantized, tokens, nodes=1)
+    path = pqi.Objective(model, layers, tokens).integrate(quantized, nodes=1)
     known = Sensitivity.of(name, layers[name].weight.data, quantized[name], None, path, torch.Generator())
     for metric in ("path-fisher", "fisher", "first-order"):
         with pytest.raises(ValueError, match="not collected"):
@@ -126,28 +129,66 @@ def test_a_metric_demands_what_it_needs(setting) -> None:  # type: ignore[no-unt
 def test_cached_moments_are_the_computed_ones(setting, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
     cache = MomentsCache(tmp_path)
-    first, again = (pqi.integrate(model, layers, quantized, tokens, nodes=2, cache=cache) for _ in range(2))
+    first, again = (pqi.Objective(model, layers, tokens).integrate(quantized, nodes=2, cache=cache) for _ in range(2))
     assert len(list(tmp_path.iterdir())) == 1
     other = {**quantized, (name := next(iter(layers))): quantized[name] + 1e-3}
-    pqi.integrate(model, layers, other, tokens, nodes=2, cache=cache)
-    pqi.integrate(model, layers, quantized, tokens, nodes=3, cache=cache)
-    pqi.integrate(model, layers, quantized, tokens[:2], nodes=2, cache=cache)
+    pqi.Objective(model, layers, tokens).integrate(other, nodes=2, cache=cache)
+    pqi.Objective(model, layers, tokens).integrate(quantized, nodes=3, cache=cache)
+    pqi.Objective(model, layers, tokens[:2]).integrate(quantized, nodes=2, cache=cache)
     assert len(list(tmp_path.iterdir())) == 4
     for name in layers:
         assert torch.equal(first.moments.gradient[name], again.moments.gradient[name])
     # a damaged entry is computed anew
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
-    repaired = pqi.integrate(model, layers, quantized, tokens, nodes=2, cache=cache)
+    repaired = pqi.Objective(model, layers, tokens).integrate(quantized, nodes=2, cache=cache)
     assert torch.equal(repaired.moments.gradient[name], first.moments.gradient[name])
 
 
 def test_model_is_left_as_it_was(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
     before = {name: layer.weight.clone() for name, layer in layers.items()}
-    pqi.integrate(model, layers, quantized, tokens, nodes=1)
-    pqi.gradient_moments(model, layers, tokens)
+    pqi.Objective(model, layers, tokens).integrate(quantized, nodes=1)
+    pqi.Objective(model, layers, tokens).gradients()
     for name, layer in layers.items():
         assert torch.equal(layer.weight, before[name])
         assert layer.weight.grad is None
         assert not layer.weight.requires_grad
+        assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("architecture", sorted(tiny.CONFIGS))
+def test_every_architecture_predicts(architecture: str) -> None:
+    """Biases, fused layers and shared inputs included: the loss is the model's own, and the path ends at w̃."""
+    model = tiny.model(architecture)
+    model.requires_grad_(False)
+    layers = find_layers(model)
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+    objective = pqi.Objective(model, layers, tokens)
+    expected = [model(row[None], labels=row[None]).loss for row in tokens]
+    assert objective.loss() == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    end = {name: layer.weight * 0.9 for name, layer in layers.items()}
+    actual = objective.loss(end) - objective.loss()
+    assert sum(objective.integrate(end, nodes=6).predicted().values()) == pytest.approx(actual, rel=2e-2)
+
+
+def test_checkpointing_and_offloading_change_nothing(setting) -> None:  # type: ignore[no-untyped-def]
+    model, layers, quantized, tokens = setting
+    plain = pqi.Objective(model, layers, tokens).integrate(quantized, nodes=2, squares=True)
+    sparing = pqi.Objective(model, layers, tokens, checkpointing=True, accumulate_on="cpu")
+    other = sparing.integrate(quantized, nodes=2, squares=True)
+    for name in layers:
+        torch.testing.assert_close(other.moments.gradient[name], plain.moments.gradient[name])
+        torch.testing.assert_close(other.moments.square[name], plain.moments.square[name])
+    assert not model.training and not model.is_gradient_checkpointing
+
+
+def test_mixed_precision_predicts_its_own_loss(setting) -> None:  # type: ignore[no-untyped-def]
+    model, layers, quantized, tokens = setting
+    exact, mixed = (pqi.Objective(model, layers, tokens, compute=compute) for compute in pqi.COMPUTE_DTYPES)
+    integral = mixed.integrate(quantized, nodes=8)
+    actual = mixed.loss(quantized) - mixed.loss()
+    assert actual != exact.loss(quantized) - exact.loss(), "it did compute in another precision"
+    assert sum(integral.predicted().values()) == pytest.approx(actual, rel=0.05)
+    name = list(layers)[2]
+    assert integral.moments.gradient[name].dtype == torch.float32

@@ -48,6 +48,9 @@ def command(
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     quadrature: Annotated[str, typer.Option(help="Rule of the path integral: gauss, midpoint, uniform.")] = "gauss",
     nodes: Annotated[int, typer.Option(help="Gradient evaluations on the path.")] = 4,
+    compute: Annotated[
+        str, typer.Option(help="Precision of the gradients: float32, or bfloat16 (faster).")
+    ] = "float32",
     dtype: Annotated[str, typer.Option(help="Type of unquantized tensors: auto, bfloat16, float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of calibration and controls.")] = 0,
@@ -79,6 +82,7 @@ def command(
             refit=refit,
             quadrature=quadrature,
             nodes=nodes,
+            compute=compute,
             lm_head_bits=lm_head_bits,
             num_samples=num_samples,
             seq_len=seq_len,

@@ -1,0 +1,95 @@
+"""Linear layers whose weight lies anywhere on the line from the original to the quantized one.
+
+The weight ``w + t (w̃ − w)`` is made when a layer runs and again when it is differentiated, and its gradient goes
+straight into an accumulator: beside w, w̃ and the accumulators, a pass holds one layer's weight at a time.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MovingLayer", "moving_layers"]
+
+
+@dataclass
+class MovingLayer:
+    """The state of one layer.
+
+    Attributes:
+        start, end: w and w̃, ``[out_features, in_features]``.
+        t: where between them the layer computes.
+        share: what gradients are multiplied with before they are added up.
+        gradient: float32 sum of gradients; None collects none.
+    """
+
+    start: Tensor
+    end: Tensor
+    t: float = 0.0
+    share: float = 1.0
+    gradient: Tensor | None = None
+    # a graph is built only if something in it asks for a gradient; the first layers' input does not
+    _anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight at ``t`` in ``dtype``."""
+        if self.t == 0.0:
+            return self.start.to(dtype)
+        if self.t == 1.0:
+            return self.end.to(dtype)
+        return torch.lerp(self.start, self.end, self.t).to(dtype)
+
+    def collect(self, grad_output: Tensor, x: Tensor) -> None:
+        """Add ``share · grad_outputᵀ x``."""
+        if self.gradient is None:
+            return
+        product = grad_output.flatten(0, -2).t() @ x.flatten(0, -2)
+        self.gradient.add_(product.to(self.gradient.device, torch.float32), alpha=self.share)
+
+
+class _MovingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, bias: Tensor | None, layer: MovingLayer) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return nn.functional.linear(x, layer.weight(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (grad_output,) = grad_outputs
+        (x,) = ctx.saved_tensors
+        layer: MovingLayer = ctx.layer
+        layer.collect(grad_output, x)
+        grad_input = grad_output @ layer.weight(grad_output.dtype) if ctx.needs_input_grad[0] else None
+        return grad_input, None, None, None
+
+
+@contextmanager
+def moving_layers(layers: Mapping[str, nn.Linear], end: Mapping[str, Tensor]) -> Iterator[dict[str, MovingLayer]]:
+    """Let layers compute with the weights of their :class:`MovingLayer` while a block runs.
+
+    Args:
+        layers: of a model; their own weights are the start and stay as they are.
+        end: w̃ by name.
+    """
+    states = {name: MovingLayer(layer.weight.data, end[name].to(layer.weight.device)) for name, layer in layers.items()}
+
+    def forward_of(layer: nn.Linear, state: MovingLayer) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            return _MovingLinear.apply(x, state._anchor, layer.bias, state)
+
+        return forward
+
+    try:
+        for name, layer in layers.items():
+            # an attribute of the instance goes before the method of the class
+            layer.forward = forward_of(layer, states[name])  # type: ignore[method-assign]
+        yield states
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
