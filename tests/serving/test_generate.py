@@ -100,6 +100,8 @@ def mixed_checkpoint(folder: Path, *, tied: bool) -> list[list[int]]:
     names = [name for name in all_linears(model) if not (tied and name == "lm_head")]
     formats = list(FORMATS)
     modules = {name: formats[index % len(formats)] for index, name in enumerate(names)}
+    if not tied:
+        modules["lm_head"] = "lut3"  # rows of a trellis cannot be looked up or padded
     layers = quantize(model, modules | {"model.embed_tokens": "lut4-sparse"})
     if tied:
         model.tie_weights()

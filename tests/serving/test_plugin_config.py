@@ -66,17 +66,17 @@ def test_headers_are_checked_before_anything_is_built(tmp_path):
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_concat_rows_stacks_the_weights(fmt):
-    without = random_layer(5, 128, **(fmt | {"density": 0.0}))
+    without = random_layer(16, 128, **(fmt | {"density": 0.0}))
     parts = [
-        random_layer(7, 128, **fmt),
+        random_layer(32, 128, **fmt),
         without,
-        zero_layer(without.spec, 3),
-        random_layer(9, 128, seed=2, **fmt),
+        zero_layer(without.spec, 16),
+        random_layer(48, 128, seed=2, **fmt),
     ]
     stacked = concat_rows(parts)
     stacked.check(name="stacked")
     assert torch.equal(stacked.weight(), torch.cat([part.weight() for part in parts]))
-    assert (stacked.weight()[12:15] == 0).all()
+    assert (stacked.weight()[48:64] == 0).all()
 
 
 def test_concat_rows_refuses_other_formats():
@@ -85,9 +85,9 @@ def test_concat_rows_refuses_other_formats():
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("nnz", [0, 1, 13, 700, 7 * 100])
+@pytest.mark.parametrize("nnz", [0, 1, 13, 700, 16 * 96])
 def test_synthetic_layer_is_valid_and_has_the_stated_size(fmt, nnz):
-    spec = random_layer(7, 100, **fmt).spec.model_copy(update={"nnz": nnz})
+    spec = random_layer(16, 96, **fmt).spec.model_copy(update={"nnz": nnz})
     layer = synthetic_layer(spec)
     layer.check(name="synthetic")
     assert layer.spec.nnz == nnz and layer.weight().abs().max() < 0.1

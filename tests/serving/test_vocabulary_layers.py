@@ -4,11 +4,11 @@ import pytest
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from tests.serving.vllm_layers import FORMATS, assert_close, load, quant_config, random_layer
+from tests.serving.vllm_layers import BY_ROW, FORMATS, assert_close, load, quant_config, random_layer
 from vllm_requant.serving.embedding import TieableHeadMethod
 
 HIDDEN = 128
-formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+formats = pytest.mark.parametrize("fmt", BY_ROW.values(), ids=BY_ROW)
 # 512: no padding; 500: the last rank is padded; 20: at TP 4 two ranks are nothing but padding
 sizes = pytest.mark.parametrize(("vocabulary", "tp"), [(512, 1), (512, 2), (500, 1), (500, 4), (20, 4)])
 
@@ -118,3 +118,10 @@ def test_vocabulary_that_differs_from_the_model(as_rank):
     layer = random_layer(64, HIDDEN, **FORMATS["lut3"])
     with pytest.raises(ValueError, match=r"model.embed_tokens is \[64, 128\].*\[96, 128\]"):
         embedding(quant_config({"model.embed_tokens": layer}), 96)
+
+
+def test_trellis_embedding_is_refused_before_loading(as_rank):
+    layer = random_layer(512, 64, **FORMATS["trellis2-sparse"])
+    as_rank(0, 1)
+    with pytest.raises(ValueError, match=r"e: an embedding or a head cannot be of the trellis kind"):
+        VocabParallelEmbedding(512, 64, quant_config=quant_config({"e": layer}), prefix="e")

@@ -18,6 +18,9 @@ FORMATS = {
     "trellis2-sparse": {"kind": "trellis", "bits": 2, "density": 0.02},
 }
 
+BY_ROW = {name: fmt for name, fmt in FORMATS.items() if fmt["kind"] != "trellis"}
+"""The formats whose rows stand alone: what embeddings need."""
+
 
 def random_layer(
     rows: int, columns: int, *, kind: str, bits: int, group_size: int = 0, density: float = 0.0, seed: int = 0
