@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vllm_requant.format import LayerSpec, QuantizedLayer
 
 from . import outliers, pqi
+from .allocation import allocate
 from .bases import Awq, DenseLayer, LayerData, Need, Rtn
 from .cache import MomentsCache
 from .folding import apply_fold, find_folds
@@ -74,6 +75,16 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     return specs
 
 
+def sparse_nbytes(recipe: Recipe, layers: Mapping[str, nn.Linear]) -> int:
+    """Bytes of the sparse parts when their elements are spread evenly."""
+    share = recipe.outliers + recipe.significant
+    total = 0
+    for layer in layers.values():
+        spec = recipe.make_base().spec(layer.in_features, layer.out_features)
+        total += spec.model_copy(update={"nnz": round(share * spec.numel)}).sparse_nbytes
+    return total
+
+
 def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path | None = None) -> Conversion:
     """Convert a model.
 
@@ -110,7 +121,10 @@ class _Run:
         )
         self.numel = {name: layer.weight.numel() for name, layer in self.layers.items()}
         self.total = sum(self.numel.values())
-        self.base = self.recipe.make_base()
+        self.base = self.recipe.make_base(self.recipe.typical_bits)
+        self.bits = dict.fromkeys(self.layers, self.recipe.bits)
+        self.pool: dict[tuple[str, int], DenseLayer] = {}
+        self.allocation: dict[str, Any] | None = None
         self.metric = METRICS[self.recipe.metric]
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self.inputs: dict[str, InputStatistics] = {}
@@ -127,7 +141,10 @@ class _Run:
         self._measure()
         # after folding: from here on the rescaled weights are the original
         self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
+        if self.recipe.target_bpw is not None:
+            self._allocate(self.recipe.target_bpw)
         dense, masks = self._select()
+        self.pool.clear()
         with self._stage("residual"):
             layers = self._join(dense, masks)
         report = self._report(layers)
@@ -169,10 +186,64 @@ class _Run:
             rescaled = self.inputs[next(iter(fold.consumers))].scaled(1 / fold.spread(scale))
             self.inputs |= dict.fromkeys(fold.consumers, rescaled)
 
+    # the choice of the widths ---------------------------------------------------------------------------------
+
+    def _allocate(self, target: float) -> None:
+        """Set the bits of every layer so that everything stored fits the target."""
+        options = sorted(bits for bits in self.base.bits if bits < 8 or target > 4)
+        specs = {
+            bits: {
+                name: self.recipe.make_base(bits).spec(la.in_features, la.out_features)
+                for name, la in self.layers.items()
+            }
+            for bits in options
+        }
+        size = {name: {bits: 8.0 * specs[bits][name].dense_nbytes for bits in options} for name in self.layers}
+        budget = target * self.total - 8 * sparse_nbytes(self.recipe, self.layers)
+        fitting = [bits for bits in options if sum(size[name][bits] for name in size) <= budget]
+        uniform = max(fitting, default=options[0])
+        dense, error = {}, {}
+        for bits in options:
+            self.bits = dict.fromkeys(self.layers, bits)
+            dense[bits] = self._quantize(None, f"quantizing to {bits} bits")
+            error[bits] = {name: self._error(name, layer) for name, layer in dense[bits].items()}
+        with self._stage("allocation"):
+            none = self._no_masks()
+            predicted = self._integrate(
+                self._restored(dense[uniform], none), f"all layers at {uniform} bits"
+            ).predicted()
+            # single shares may come out negative by chance
+            least = 1e-3 * sum(abs(value) for value in predicted.values()) / len(predicted)
+            cost = {
+                name: {bits: max(share, least) * error[bits][name] / error[uniform][name] for bits in options}
+                for name, share in predicted.items()
+            }
+            chosen = allocate(size, cost, budget)
+            losses = {
+                "allocated": self._loss({name: dense[bits][name] for name, bits in chosen.items()}, none, "allocated"),
+                f"uniform {uniform}": self._loss(dense[uniform], none, f"uniform {uniform}"),
+            }
+        # with a budget that one width fills there may be nothing to gain
+        better = losses["allocated"] <= losses[f"uniform {uniform}"] or not fitting
+        self.bits = chosen if better else dict.fromkeys(self.layers, uniform)
+        self.allocation = {"target_bpw": target, "losses": losses, "bits": self.bits}
+        counts = {bits: sum(b == bits for b in self.bits.values()) for bits in options}
+        log.info("allocation for %.3f bits per weight: layers by width %s, losses %s", target, counts, losses)
+
+    def _error(self, name: str, dense: DenseLayer) -> float:
+        """Squared error of the layer's output, or of its weight where nothing is known about the inputs."""
+        error = dense.weight() - self.weights[name]
+        inputs = self.inputs.get(name)
+        if inputs is not None:
+            return float(((error @ inputs.hessian) * error).sum(dtype=torch.float64))
+        if self.start is not None:
+            return float((error.square() * self.start.square[name]).sum(dtype=torch.float64))
+        return float(error.square().sum(dtype=torch.float64))
+
     # the choice of the sparse positions -----------------------------------------------------------------------
 
     def _select(self) -> tuple[Dense, Masks]:
-        none: Masks = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+        none = self._no_masks()
         recipe = self.recipe
         if recipe.outlier_rule == "base":
             assert self.start is not None
@@ -234,17 +305,25 @@ class _Run:
 
     # pieces ---------------------------------------------------------------------------------------------------
 
+    def _no_masks(self) -> Masks:
+        return {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+
     def _quantize(self, removed: Masks | None, label: str, *, refit: bool = False) -> Dense:
         dense = {}
         with self._stage("quantize"):
             for name, weight in track(self.weights.items(), label, total=len(self.weights)):
                 fisher = self.start.square[name] if self.start is not None else None
                 layer = LayerData(weight, fisher=fisher, inputs=self.inputs.get(name))
-                if refit:
-                    assert removed is not None
-                    dense[name] = self.base.refit(layer, removed[name])
+                base = self.recipe.make_base(self.bits[name])
+                if removed is None:
+                    key = name, self.bits[name]
+                    if key not in self.pool:
+                        self.pool[key] = base.quantize(layer)
+                    dense[name] = self.pool[key]
+                elif refit:
+                    dense[name] = base.refit(layer, removed[name])
                 else:
-                    dense[name] = self.base.quantize(layer, removed[name] if removed is not None else None)
+                    dense[name] = base.quantize(layer, removed[name])
         return dense
 
     def _restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
@@ -331,6 +410,7 @@ class _Run:
             },
             "outlier_ratio_candidates": self.candidates,
             "integrals": self.integrals,
+            "allocation": self.allocation,
         }
         if self.tokens is not None:
             assert self.loss_original is not None

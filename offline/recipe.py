@@ -25,6 +25,7 @@ class Recipe:
     Attributes:
         base: dense quantizer, a key of ``BASES``.
         bits: width of a code.
+        target_bpw: stored bits a weight, everything counted; each layer's width is then chosen and ``bits`` not used.
         group_size: input features that share a scale, for bases with groups.
         state_bits: of the trellis, for qtip: a bit more halves the gap to the best code and doubles the time.
         outliers: r_o, share of all quantized weights removed before the dense part is fitted.
@@ -43,6 +44,7 @@ class Recipe:
 
     base: str = "squeezellm"
     bits: int = 4
+    target_bpw: float | None = None
     group_size: int = 64
     state_bits: int = 12
     outliers: float = DEFAULT_OUTLIERS
@@ -72,6 +74,10 @@ class Recipe:
         for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
             if not 0 <= share <= _MAX_SHARE:
                 raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")
+        if self.target_bpw is not None and not min(base.bits) <= self.target_bpw <= max(base.bits) + 1:
+            raise RecipeError(
+                f"--target-bpw {self.target_bpw:g}: {self.base} reaches from {min(base.bits)} to about {max(base.bits)}"
+            )
         if self.metric not in METRICS:
             raise RecipeError(f"--metric {self.metric}: choose one of {', '.join(METRICS)}")
         if self.outlier_rule not in OUTLIER_RULES:
@@ -98,9 +104,17 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(f"--nodes {self.nodes}: {error}") from None
 
-    def make_base(self) -> Base:
+    def make_base(self, bits: int | None = None) -> Base:
+        """The base, at another width than the recipe's if one is given."""
         base = BASES[self.base]
-        return base(self.bits, **{option: getattr(self, option) for option in base.options})
+        return base(bits or self.bits, **{option: getattr(self, option) for option in base.options})
+
+    @property
+    def typical_bits(self) -> int:
+        """The width, or with a target the largest below it: what scales for the whole model are fitted to."""
+        if self.target_bpw is None:
+            return self.bits
+        return max((bits for bits in BASES[self.base].bits if bits <= self.target_bpw), default=self.bits)
 
     @property
     def ranks(self) -> bool:
@@ -123,7 +137,7 @@ class Recipe:
         chooses = self.ranks and self.metric != "random" and (METRICS[self.metric].needs_path or self.outliers > 0)
         base = BASES[self.base]
         needs = base.needs | (base.refit_needs if self.refits else frozenset())
-        return bool(needs) or self.needs_start or chooses
+        return bool(needs) or self.needs_start or chooses or self.target_bpw is not None
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

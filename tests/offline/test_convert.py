@@ -99,6 +99,22 @@ def test_detaching_lowers_the_calibration_loss(tmp_path: Path) -> None:
         assert loss[metric] < loss["random"], loss
 
 
+@pytest.mark.parametrize("base", ["qtip", "gptq", "squeezellm", "rtn", "awq"])
+def test_target_is_met_with_widths_that_pay(tmp_path: Path, base: str) -> None:
+    source = tiny.save(tmp_path / "in")
+    # tables and scales weigh heavily in layers this small
+    target = {"qtip": 2.9, "squeezellm": 4.6}.get(base, 3.9)
+    choices = {"base": base, "outliers": 0.0, "significant": 0.004, "group_size": 64}
+    _, conversion = _convert(source, tmp_path / "out", target_bpw=target, **choices)
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert target - 0.3 < checkpoint.config.bits_per_weight <= target
+    allocation = conversion.report["allocation"]
+    widths = {layer.spec.bits for layer in conversion.layers.values()}
+    assert widths == set(allocation["bits"].values())
+    chosen = "allocated" if len(widths) > 1 else min(allocation["losses"], key=allocation["losses"].get)
+    assert allocation["losses"][chosen] == min(allocation["losses"].values())
+
+
 def test_the_base_rule_spends_the_whole_sparse_budget(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "in")
     _, conversion = _convert(source, tmp_path / "out", bits=2, outlier_rule="base", outliers=0.01, significant=0.01)
@@ -188,6 +204,8 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"quadrature": "simpson"}, "--quadrature"),
         ({"nodes": 0}, "--nodes"),
         ({"compute": "int8"}, "--compute"),
+        ({"target_bpw": 1.5}, "--target-bpw"),
+        ({"target_bpw": 6.0}, "--target-bpw"),
         ({"nodes": 1, "quadrature": "uniform"}, "--nodes"),
         ({"lm_head_bits": 3}, "--lm-head-bits"),
         ({"num_samples": 0}, "--num-samples"),

@@ -23,6 +23,9 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint; must not exist.")],
     base: Annotated[str, typer.Option(help="Dense quantizer: qtip, squeezellm, awq, gptq or rtn.")] = "squeezellm",
     bits: Annotated[int, typer.Option(help="Bits of a dense code.")] = 4,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Stored bits a weight, all included: chooses each layer's width.")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, gptq, awq, and the head).")] = 64,
     state_bits: Annotated[int, typer.Option(help="Width of a trellis state (qtip): 12 is fast, 16 is best.")] = 12,
     outliers: Annotated[
@@ -72,6 +75,7 @@ def command(
         recipe = Recipe(
             base=base,
             bits=bits,
+            target_bpw=target_bpw,
             group_size=group_size,
             state_bits=state_bits,
             outliers=outliers,
