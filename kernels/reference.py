@@ -21,7 +21,9 @@ __all__ = [
     "dequantize_uniform",
     "hadamard_blocks",
     "linear",
+    "rotated_trellis",
     "row_index",
+    "signs",
     "trellis_code",
     "trellis_states",
 ]
@@ -105,7 +107,7 @@ def hadamard_blocks(x: Tensor, block: int) -> Tensor:
     return x.reshape(shape) / math.sqrt(block)
 
 
-def _signs(packed: Tensor, count: int) -> Tensor:
+def signs(packed: Tensor, count: int) -> Tensor:
     """±1 as float32 ``[count]``; a set bit is −1."""
     return 1 - 2 * unpack_codes(packed[None], 1, count)[0].float()
 
@@ -143,8 +145,8 @@ def dequantize_trellis(
     """
     weight = rotated_trellis(qweight, scales, bits=bits, state_bits=state_bits, in_features=in_features)
     rows = weight.shape[0]
-    weight = hadamard_blocks(weight, in_features // scales.shape[1]) * _signs(signs_in, in_features)
-    weight = hadamard_blocks(weight.t().contiguous(), rows // scales.shape[0]) * _signs(signs_out, rows)
+    weight = hadamard_blocks(weight, in_features // scales.shape[1]) * signs(signs_in, in_features)
+    weight = hadamard_blocks(weight.t().contiguous(), rows // scales.shape[0]) * signs(signs_out, rows)
     return weight.t().contiguous()
 
 

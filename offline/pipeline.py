@@ -31,6 +31,7 @@ from .progress import track
 from .recipe import Recipe
 from .significant import detach_steps
 from .statistics import InputStatistics, input_statistics
+from .tuning import norm_weights, tune
 
 __all__ = ["Conversion", "convert", "plan"]
 
@@ -90,7 +91,7 @@ def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path 
 
     Args:
         lm: the model. A base that folds scales rescales it in place, which leaves what it computes unchanged up to
-            rounding; other bases leave its weights as they are.
+            rounding; tuning changes its norms; the weights of its layers are otherwise left as they are.
         recipe: what to do.
         tokens: int64 ``[num_samples, seq_len]``; None only if the recipe needs no calibration.
         cache: folder in which path integrals are kept, so that conversions that differ elsewhere share them.
@@ -125,6 +126,7 @@ class _Run:
         self.bits = dict.fromkeys(self.layers, self.recipe.bits)
         self.pool: dict[tuple[str, int], DenseLayer] = {}
         self.allocation: dict[str, Any] | None = None
+        self.tuning: dict[str, Any] | None = None
         self.metric = METRICS[self.recipe.metric]
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self.inputs: dict[str, InputStatistics] = {}
@@ -145,6 +147,9 @@ class _Run:
             self._allocate(self.recipe.target_bpw)
         dense, masks = self._select()
         self.pool.clear()
+        if self.recipe.tune_epochs:
+            with self._stage("tuning"):
+                dense = self._tune(dense, masks)
         with self._stage("residual"):
             layers = self._join(dense, masks)
         report = self._report(layers)
@@ -292,16 +297,25 @@ class _Run:
         return outliers.largest_range_reduction(self.weights, counts, group_size)
 
     def _detach(self, dense: Dense, masks: Masks, budget: int) -> Masks:
-        """Algorithm 2; with ``refit`` each round sees the dense part fitted around what has been detached so far."""
+        """Algorithm 2."""
 
         def measure(masks: Masks, number: int) -> dict[str, Tensor]:
-            current = dense
-            if number and self.recipe.refits:
-                current = self._quantize(masks, f"re-fitting, round {number}", refit=True)
             with self._stage("significant"):
-                return self._scores(current, masks, f"detach, round {number + 1}")
+                return self._scores(dense, masks, f"detach, round {number + 1}")
 
         return detach_steps(measure, masks, budget, self.recipe.rounds)
+
+    def _tune(self, dense: Dense, masks: Masks) -> Dense:
+        tuned, divergence = tune(self.objective, dense, masks, epochs=self.recipe.tune_epochs)
+        for parameter in norm_weights(self.model, self.layers):
+            parameter.data = parameter.data.to(self.lm.dtype).float()  # as they will be stored
+        span = min(len(self.objective.tokens), len(divergence))
+        first, last = (sum(part) / span for part in (divergence[:span], divergence[-span:]))
+        log.info(
+            "tuning: divergence from the original %.4f nats a token in the first pass, %.4f in the last", first, last
+        )
+        self.tuning = {"epochs": self.recipe.tune_epochs, "divergence": divergence}
+        return tuned
 
     # pieces ---------------------------------------------------------------------------------------------------
 
@@ -411,6 +425,7 @@ class _Run:
             "outlier_ratio_candidates": self.candidates,
             "integrals": self.integrals,
             "allocation": self.allocation,
+            "tuning": self.tuning,
         }
         if self.tokens is not None:
             assert self.loss_original is not None

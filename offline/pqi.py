@@ -198,13 +198,17 @@ class Objective:
                         state.gradient.zero_()
         return GradientMoments(gradient, square)
 
-    def _sequence_loss(self, tokens: Tensor) -> Tensor:
-        """Mean next-token cross-entropy of one sequence, int64 ``[seq_len]``."""
+    def log_probabilities(self, tokens: Tensor) -> Tensor:
+        """The model's predictions of all but the first token of a sequence: float32 ``[seq_len − 1, vocabulary]``."""
         tokens = tokens.to(self.device)
         dtype = COMPUTE_DTYPES[self.compute]
         with torch.autocast(self.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
             logits = self.model(tokens[None]).logits[0, :-1]
-        return nn.functional.cross_entropy(logits.float(), tokens[1:])
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def _sequence_loss(self, tokens: Tensor) -> Tensor:
+        """Mean next-token cross-entropy of one sequence, int64 ``[seq_len]``."""
+        return nn.functional.nll_loss(self.log_probabilities(tokens), tokens[1:].to(self.device))
 
     @contextmanager
     def _training(self) -> Iterator[None]:

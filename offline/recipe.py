@@ -35,6 +35,7 @@ class Recipe:
         outlier_rule: how outliers are found inside a layer: largest "magnitude"; largest reduction of the "range" of
             a group; or "base": the base's own rule for the whole sparse part, which then no metric chooses.
         refit: quantize the dense part anew around the detached weights.
+        tune_epochs: passes over the calibration set in which scales, tables and norms are tuned at the end.
         quadrature, nodes: how the path is integrated.
         compute: precision of the gradients, a key of ``COMPUTE_DTYPES``.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
@@ -53,6 +54,7 @@ class Recipe:
     metric: str = "pqi"
     outlier_rule: str = "magnitude"
     refit: bool = True
+    tune_epochs: int = 0
     quadrature: str = "gauss"
     nodes: int = 4
     compute: str = "float32"
@@ -97,6 +99,8 @@ class Recipe:
                 raise RecipeError(f"{flag} {value}: must be at least 1")
         if self.seq_len < 2:
             raise RecipeError(f"--seq-len {self.seq_len}: must be at least 2")
+        if self.tune_epochs < 0:
+            raise RecipeError(f"--tune-epochs {self.tune_epochs}: must not be negative")
         if self.lm_head_bits not in (4, 8, 16):
             raise RecipeError(f"--lm-head-bits {self.lm_head_bits}: choose 4, 8 or 16")
         try:
@@ -137,7 +141,7 @@ class Recipe:
         chooses = self.ranks and self.metric != "random" and (METRICS[self.metric].needs_path or self.outliers > 0)
         base = BASES[self.base]
         needs = base.needs | (base.refit_needs if self.refits else frozenset())
-        return bool(needs) or self.needs_start or chooses or self.target_bpw is not None
+        return bool(needs) or self.needs_start or chooses or self.target_bpw is not None or self.tune_epochs > 0
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

@@ -14,7 +14,7 @@ from .kmeans import assign, kmeans_rows
 
 __all__ = ["SqueezeLLM", "feedback_codes", "least_squares_table"]
 
-_REFIT_ROUNDS = 3
+_REFIT_ROUNDS = 2
 _ROWS_AT_ONCE_ELEMENTS = 1 << 24  # one-hot codes held at a time
 
 

@@ -115,6 +115,23 @@ def test_target_is_met_with_widths_that_pay(tmp_path: Path, base: str) -> None:
     assert allocation["losses"][chosen] == min(allocation["losses"].values())
 
 
+@pytest.mark.parametrize("base", ["qtip", "gptq", "squeezellm"])
+def test_tuning_lowers_the_loss_of_the_result(tmp_path: Path, base: str) -> None:
+    source = tiny.save(tmp_path / "in")
+    loss = {}
+    for epochs in (0, 6):
+        out = tmp_path / str(epochs)
+        lm, conversion = _convert(source, out, base=base, bits=2, tune_epochs=epochs, num_samples=4)
+        loss[epochs] = conversion.report["calibration_loss"]
+        restored = hf.load_dequantized(out)
+        tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
+        # norms included, the checkpoint is the model that was measured
+        for name, layer in find_layers(lm.model).items():
+            layer.weight.data = conversion.layers[name].weight()
+        torch.testing.assert_close(restored(tokens).logits, lm.model(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert loss[6] < loss[0]
+
+
 def test_the_base_rule_spends_the_whole_sparse_budget(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "in")
     _, conversion = _convert(source, tmp_path / "out", bits=2, outlier_rule="base", outliers=0.01, significant=0.01)

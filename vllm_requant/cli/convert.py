@@ -43,6 +43,9 @@ def command(
         str, typer.Option(help="Outliers in a layer: magnitude, range, or base (its own rule for all sparse weights).")
     ] = "magnitude",
     refit: Annotated[bool, typer.Option(help="Quantize anew around the detached weights.")] = True,
+    tune_epochs: Annotated[
+        int, typer.Option(help="Passes over the calibration set that tune scales, tables and norms.")
+    ] = 0,
     lm_head_bits: Annotated[int, typer.Option(help="8 or 4 quantizes the output head (rtn); 16 leaves it.")] = 16,
     calibration_dataset: Annotated[
         str, typer.Option(help="self (sampled from the model), a text or JSONL file, or a Hub data set.")
@@ -84,6 +87,7 @@ def command(
             metric=metric,
             outlier_rule=outlier_rule,
             refit=refit,
+            tune_epochs=tune_epochs,
             quadrature=quadrature,
             nodes=nodes,
             compute=compute,

@@ -1,0 +1,213 @@
+"""Tuning what a quantized layer has in full precision: scales, tables, and the model's norms.
+
+Codes and sparse positions stay. The model with the quantized weights learns from the original one: the Kullback–Leibler
+divergence of its predictions on the calibration set is lowered by Adam. Nothing is stored in more bits. The step is our
+own choice; it follows the end-to-end tuning of scales in EfficientQAT (arXiv 2407.11062).
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_requant.format import LutSpec, TrellisSpec, UniformSpec
+from vllm_requant.kernels.bitstream import unpack_codes
+from vllm_requant.kernels.reference import hadamard_blocks, rotated_trellis, signs
+
+from .bases import DenseLayer
+from .path import moving_layers
+from .pqi import Objective
+from .progress import track
+
+__all__ = ["norm_weights", "tunable", "tune"]
+
+log = logging.getLogger(__name__)
+_WARM_UP = 8
+_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+
+
+class Tunable(ABC):
+    """The dense part of a layer as a linear function of its float16 tensor.
+
+    Attributes:
+        parameter: that tensor, in float32.
+    """
+
+    def __init__(self, dense: DenseLayer, tensor: str) -> None:
+        self.dense, self.tensor = dense, tensor
+        self.parameter = dense.tensors[tensor].float()
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """float32 ``[out_features, in_features]``."""
+
+    @abstractmethod
+    def gradient(self, weight: Tensor) -> Tensor:
+        """The gradient of :attr:`parameter` from that of the weight."""
+
+    def result(self) -> DenseLayer:
+        """The layer with the parameter as it is now."""
+        tensors = self.dense.tensors | {self.tensor: self.parameter.to(torch.float16)}
+        return DenseLayer(self.dense.spec, tensors)
+
+
+class _Uniform(Tunable):
+    def __init__(self, dense: DenseLayer) -> None:
+        super().__init__(dense, "scales")
+        spec = dense.spec
+        assert isinstance(spec, UniformSpec)
+        self.group = torch.arange(spec.in_features, device=self.parameter.device) // spec.group_size
+        codes = unpack_codes(dense.tensors["qweight"], spec.bits, spec.in_features).float()
+        self.steps = codes - unpack_codes(dense.tensors["qzeros"], spec.bits, spec.groups).float()[:, self.group]
+
+    def weight(self) -> Tensor:
+        self.parameter.clamp_(min=_SMALLEST_SCALE)
+        return self.steps * self.parameter[:, self.group]
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        return torch.zeros_like(self.parameter).index_add_(1, self.group, weight * self.steps)
+
+
+class _Lut(Tunable):
+    def __init__(self, dense: DenseLayer) -> None:
+        super().__init__(dense, "lookup_table")
+        assert isinstance(dense.spec, LutSpec)
+        self.codes = unpack_codes(dense.tensors["qweight"], dense.spec.bits, dense.spec.in_features)
+
+    def weight(self) -> Tensor:
+        return self.parameter.gather(1, self.codes.long())
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        return torch.zeros_like(self.parameter).scatter_add_(1, self.codes.long(), weight)
+
+
+class _Trellis(Tunable):
+    def __init__(self, dense: DenseLayer) -> None:
+        super().__init__(dense, "scales")
+        spec = dense.spec
+        assert isinstance(spec, TrellisSpec)
+        self.spec = spec
+        self.signs_in = signs(dense.tensors["signs_in"], spec.in_features)
+        self.signs_out = signs(dense.tensors["signs_out"], spec.out_features)
+        ones = torch.ones_like(dense.tensors["scales"])
+        self.units = rotated_trellis(
+            dense.tensors["qweight"], ones, bits=spec.bits, state_bits=spec.state_bits, in_features=spec.in_features
+        )
+
+    def weight(self) -> Tensor:
+        self.parameter.clamp_(min=0)
+        spec = self.spec
+        wide = self.parameter.repeat_interleave(spec.block_out, 0).repeat_interleave(spec.block_in, 1)
+        turned = hadamard_blocks(self.units * wide, spec.block_in) * self.signs_in
+        return (hadamard_blocks(turned.t().contiguous(), spec.block_out) * self.signs_out).t()
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        spec = self.spec
+        # the transforms are symmetric and orthonormal: the way back is the way there
+        turned = hadamard_blocks((weight * self.signs_in).contiguous(), spec.block_in)
+        turned = hadamard_blocks((turned.t() * self.signs_out).contiguous(), spec.block_out).t()
+        blocks = (turned * self.units).reshape(
+            spec.out_features // spec.block_out, spec.block_out, spec.in_features // spec.block_in, spec.block_in
+        )
+        return blocks.sum(dim=(1, 3))
+
+
+def tunable(dense: DenseLayer) -> Tunable:
+    """The tunable form of a dense part of any kind."""
+    kinds: dict[str, type[Any]] = {"uniform": _Uniform, "lut": _Lut, "trellis": _Trellis}
+    made: Tunable = kinds[dense.spec.kind](dense)
+    return made
+
+
+def norm_weights(model: nn.Module, layers: Mapping[str, nn.Linear]) -> list[nn.Parameter]:
+    """Weights of one dimension outside the quantized layers, of which biases are not."""
+    inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 1 and name.endswith("weight") and id(parameter) not in inside
+    ]
+
+
+def tune(
+    objective: Objective,
+    dense: Mapping[str, DenseLayer],
+    masks: Mapping[str, Tensor],
+    *,
+    epochs: int,
+    rate: float = 0.01,
+    norms: bool = True,
+) -> tuple[dict[str, DenseLayer], list[float]]:
+    """Tune scales and tables, and the model's norms in place.
+
+    Args:
+        objective: the original model and the calibration set.
+        dense: layers by name.
+        masks: positions that hold the original weight.
+        epochs: passes over the calibration set.
+        rate: of Adam, relative to the root mean square of each tensor; it warms up and falls like a cosine.
+        norms: whether norms are tuned too; they are rounded to the type they are stored in by whoever stores them.
+
+    Returns:
+        The tuned layers, and the divergence before each step, in nats a token.
+    """
+    model, layers = objective.model, objective.layers
+    original = {name: weight.clone() for name, weight in objective.start.items()}
+    parts = {name: tunable(layer) for name, layer in dense.items()}
+    norm_parameters = norm_weights(model, layers) if norms else []
+    norm_originals = [parameter.data.clone() for parameter in norm_parameters]
+    tuned = [part.parameter for part in parts.values()] + [parameter.data for parameter in norm_parameters]
+    optimizer = torch.optim.Adam(
+        [{"params": [tensor], "lr": rate * float(tensor.square().mean().sqrt())} for tensor in tuned], betas=(0.9, 0.95)
+    )
+    steps = epochs * len(objective.tokens)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
+    )
+
+    def placed(name: str) -> Tensor:
+        return torch.where(masks[name], original[name], parts[name].weight())
+
+    divergence = []
+    end = {name: placed(name) for name in parts}
+    with moving_layers(layers, end) as states:
+        for step in track(range(steps), "tuning", total=steps):
+            row = objective.tokens[step % len(objective.tokens)]
+            with torch.no_grad():
+                _set(states, t=0.0, gradients=False)
+                tuned_norms = [parameter.data for parameter in norm_parameters]
+                for parameter, first in zip(norm_parameters, norm_originals, strict=True):
+                    parameter.data = first
+                teacher = objective.log_probabilities(row)
+                for parameter, now in zip(norm_parameters, tuned_norms, strict=True):
+                    parameter.data = now
+            _set(states, t=1.0, gradients=True)
+            for parameter in norm_parameters:
+                parameter.requires_grad_(True)
+            student = objective.log_probabilities(row)
+            loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
+            loss.backward()
+            divergence.append(float(loss.detach()))
+            for name, part in parts.items():
+                gradient = states[name].gradient
+                assert gradient is not None
+                part.parameter.grad = part.gradient(gradient.masked_fill_(masks[name], 0.0))
+            for parameter, tensor in zip(norm_parameters, tuned[len(parts) :], strict=True):
+                tensor.grad, parameter.grad = parameter.grad, None
+                parameter.requires_grad_(False)
+            optimizer.step()
+            schedule.step()
+            for name in parts:
+                states[name].end.copy_(placed(name))
+    return {name: part.result() for name, part in parts.items()}, divergence
+
+
+def _set(states: Mapping[str, Any], *, t: float, gradients: bool) -> None:
+    for state in states.values():
+        state.t = t
+        state.gradient = torch.zeros(state.start.shape, device=state.start.device) if gradients else None
