@@ -78,10 +78,14 @@ def _show(result: dict[str, Any]) -> None:
     recipe = result["provenance"].get("recipe")
     if recipe:
         typer.echo(f"  source           {result['provenance'].get('source')}")
-        typer.echo("  recipe           " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
+        typer.echo("  recipe           " + ", ".join(f"{key} {_plain(value)}" for key, value in recipe.items()))
     for name, layer in result.get("per_layer", {}).items():
         group = f" group {layer['group_size']}" if "group_size" in layer else ""
         typer.echo(
             f"  {name:<44} {layer['kind']} {layer['bits']} bit{group}  "
             f"{layer['out_features']}×{layer['in_features']}  nnz {layer['nnz']}  {layer['bits_per_weight']:.3f}"
         )
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
