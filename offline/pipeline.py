@@ -56,10 +56,12 @@ class Conversion:
 def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     """Specs of all layers that a conversion would write, sparse elements spread evenly; the model may be on "meta".
 
+    With a target the widths are not known before anything is measured; the largest below it stands for them.
+
     Raises:
         ModelError: the architecture is not supported.
     """
-    base = recipe.make_base()
+    base = recipe.make_base(recipe.typical_bits)
     if base.folds:
         list(find_folds(model))  # refuses an architecture that it knows nothing about
     share = recipe.outliers + recipe.significant
@@ -127,6 +129,7 @@ class _Run:
         self.pool: dict[tuple[str, int], DenseLayer] = {}
         self.allocation: dict[str, Any] | None = None
         self.tuning: dict[str, Any] | None = None
+        self.refit: dict[str, Any] | None = None
         self.metric = METRICS[self.recipe.metric]
         self.generator = torch.Generator().manual_seed(self.recipe.seed)
         self.inputs: dict[str, InputStatistics] = {}
@@ -261,8 +264,8 @@ class _Run:
         budget = round(recipe.significant * self.total)
         if budget:
             masks = self._detach(dense, masks, budget)
-        if recipe.refits:
-            dense = self._quantize(masks, "re-fitting around the sparse part", refit=True)
+        if recipe.refits and self.passes is not None:
+            dense = self._refit(dense, masks)
         return dense, masks
 
     def _outliers(self, none: Masks) -> tuple[Dense, Masks]:
@@ -304,6 +307,18 @@ class _Run:
                 return self._scores(dense, masks, f"detach, round {number + 1}")
 
         return detach_steps(measure, masks, budget, self.recipe.rounds)
+
+    def _refit(self, dense: Dense, masks: Masks) -> Dense:
+        """Quantize anew around the sparse part. Its positions fit the errors of before, so the loss decides."""
+        refitted = self._quantize(masks, "re-fitting around the sparse part", refit=True)
+        with self._stage("refit_loss"):
+            before, after = (
+                self._loss(dense, masks, "loss before refit"),
+                self._loss(refitted, masks, "loss after refit"),
+            )
+        log.info("refit: calibration loss %.5f before, %.5f after", before, after)
+        self.refit = {"calibration_loss_before": before, "calibration_loss_after": after, "kept": after < before}
+        return refitted if after < before else dense
 
     def _tune(self, dense: Dense, masks: Masks) -> Dense:
         tuned, divergence = tune(self.objective, dense, masks, epochs=self.recipe.tune_epochs)
@@ -425,6 +440,7 @@ class _Run:
             "outlier_ratio_candidates": self.candidates,
             "integrals": self.integrals,
             "allocation": self.allocation,
+            "refit": self.refit,
             "tuning": self.tuning,
         }
         if self.tokens is not None:

@@ -34,7 +34,7 @@ class Recipe:
         metric: ranks significant weights and layers, a key of ``METRICS``; with "random" outliers are random too.
         outlier_rule: how outliers are found inside a layer: largest "magnitude"; largest reduction of the "range" of
             a group; or "base": the base's own rule for the whole sparse part, which then no metric chooses.
-        refit: quantize the dense part anew around the detached weights.
+        refit: quantize the dense part anew around the detached weights, and keep it if the calibration loss falls.
         tune_epochs: passes over the calibration set in which scales, tables and norms are tuned at the end.
         quadrature, nodes: how the path is integrated.
         compute: precision of the gradients, a key of ``COMPUTE_DTYPES``.
@@ -128,7 +128,7 @@ class Recipe:
     @property
     def refits(self) -> bool:
         """Whether the dense part is quantized anew around the sparse one."""
-        return self.refit and self.ranks
+        return self.refit and self.ranks and BASES[self.base].can_refit
 
     @property
     def needs_start(self) -> bool:

@@ -65,6 +65,7 @@ class Base(ABC):
         bits: allowed widths.
         options: choices of a recipe, beside bits, that mean anything to it: "group_size", "state_bits".
         needs: what :meth:`quantize` wants to find in its :class:`LayerData`.
+        can_refit: whether :meth:`refit` has anything to offer.
         refit_needs: what :meth:`refit` wants in addition.
         folds: whether the model is to be rescaled (:mod:`..folding`) before anything else is done with it.
     """
@@ -73,6 +74,7 @@ class Base(ABC):
     bits: ClassVar[tuple[int, ...]]
     options: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
+    can_refit: ClassVar[bool] = True
     refit_needs: ClassVar[frozenset[Need]] = frozenset()
     folds: ClassVar[bool] = False
 

@@ -165,7 +165,7 @@ def test_refitted_tables_lower_the_output_error(bits: int) -> None:
         left = torch.where(exact, layer.weight, weight) - layer.weight
         return float((left @ hessian * left).sum())
 
-    assert error(base.refit(layer, exact).weight()) < 0.5 * error(base.quantize(layer, exact).weight())
+    assert error(base.refit(layer, exact).weight()) < 0.6 * error(base.quantize(layer, exact).weight())
 
 
 def test_least_squares_table_is_the_optimum() -> None:

@@ -132,6 +132,18 @@ def test_tuning_lowers_the_loss_of_the_result(tmp_path: Path, base: str) -> None
     assert loss[6] < loss[0]
 
 
+@pytest.mark.parametrize("base", ["gptq", "squeezellm", "qtip"])
+def test_refit_never_raises_the_calibration_loss(tmp_path: Path, base: str) -> None:
+    source = tiny.save(tmp_path / "in")
+    loss = {}
+    for refit in (False, True):
+        _, conversion = _convert(source, tmp_path / str(refit), base=base, bits=2, refit=refit)
+        loss[refit] = conversion.report["calibration_loss"]
+        decision = conversion.report["refit"]
+        assert (decision is not None) is (refit and base != "qtip")
+    assert loss[True] <= loss[False] + 1e-4
+
+
 def test_the_base_rule_spends_the_whole_sparse_budget(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "in")
     _, conversion = _convert(source, tmp_path / "out", bits=2, outlier_rule="base", outliers=0.01, significant=0.01)

@@ -104,7 +104,7 @@ def command(
             check_dataset(calibration_dataset)
         planned = _describe_plan(plan(skeleton(model, revision=revision), recipe))
         if dry_run:
-            _show(planned | {"dry_run": True, "model": model}, as_json)
+            _show(planned | {"dry_run": True, "model": model, "target_bpw": target_bpw}, as_json)
             return
         result = _convert(
             model,
@@ -184,6 +184,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     typer.echo(f"{result['layers']} layers at {result['bits_per_weight']:.3f} bits per weight,", nl=False)
     typer.echo(f" {result['nnz']} sparse elements, {result['quantized_bytes'] / 2**20:.1f} MiB")
     if "dry_run" in result:
+        if result["target_bpw"] is not None:
+            typer.echo(f"each layer's width will be chosen, up to {result['target_bpw']:g} bits per weight in all")
         typer.echo("dry run: nothing was written")
         return
     for integral in result["integrals"]:
