@@ -22,12 +22,13 @@ from vllm_requant.format import LayerSpec, QuantizedLayer
 
 from . import outliers, pqi
 from .allocation import allocate
-from .bases import Awq, DenseLayer, LayerData, Need, Rtn
+from .bases import Awq, LayerData, Need, Rtn
 from .cache import MomentsCache
 from .folding import apply_fold, find_folds
 from .metrics import METRICS, Sensitivity
 from .models import CausalLM, ModelError, find_layers, head_module
 from .progress import track
+from .quantizer import Dense, LayerQuantizer, Masks
 from .recipe import Recipe
 from .significant import detach_steps
 from .statistics import InputStatistics, input_statistics
@@ -36,8 +37,7 @@ from .tuning import norm_weights, tune
 __all__ = ["Conversion", "convert", "plan"]
 
 log = logging.getLogger(__name__)
-Masks = dict[str, Tensor]
-Dense = Mapping[str, DenseLayer]
+_TOKENS_PER_FEATURE = 4
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,6 @@ class _Run:
         self.numel = {name: layer.weight.numel() for name, layer in self.layers.items()}
         self.total = sum(self.numel.values())
         self.base = self.recipe.make_base(self.recipe.typical_bits)
-        self.bits = dict.fromkeys(self.layers, self.recipe.bits)
-        self.pool: dict[tuple[str, int], DenseLayer] = {}
         self.allocation: dict[str, Any] | None = None
         self.tuning: dict[str, Any] | None = None
         self.refit: dict[str, Any] | None = None
@@ -146,10 +144,11 @@ class _Run:
         self._measure()
         # after folding: from here on the rescaled weights are the original
         self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
+        self.quantizer = LayerQuantizer(self.recipe, self.weights, self.inputs, self.start)
         if self.recipe.target_bpw is not None:
             self._allocate(self.recipe.target_bpw)
         dense, masks = self._select()
-        self.pool.clear()
+        self.quantizer.forget()
         if self.recipe.tune_epochs:
             with self._stage("tuning"):
                 dense = self._tune(dense, masks)
@@ -175,7 +174,7 @@ class _Run:
     # what is measured before anything is quantized ------------------------------------------------------------
 
     def _measure(self) -> None:
-        needs = self.base.needs | (self.base.refit_needs if self.recipe.refits else frozenset())
+        needs = self.base.needs | (self.base.refit_needs if self._refits() else frozenset())
         if Need.INPUTS in needs:
             assert self.tokens is not None
             with self._stage("inputs"):
@@ -212,13 +211,13 @@ class _Run:
         uniform = max(fitting, default=options[0])
         dense, error = {}, {}
         for bits in options:
-            self.bits = dict.fromkeys(self.layers, bits)
+            self.quantizer.bits = dict.fromkeys(self.layers, bits)
             dense[bits] = self._quantize(None, f"quantizing to {bits} bits")
-            error[bits] = {name: self._error(name, layer) for name, layer in dense[bits].items()}
+            error[bits] = {name: self.quantizer.error(name, layer) for name, layer in dense[bits].items()}
         with self._stage("allocation"):
-            none = self._no_masks()
+            none = self.quantizer.no_masks()
             predicted = self._integrate(
-                self._restored(dense[uniform], none), f"all layers at {uniform} bits"
+                self.quantizer.restored(dense[uniform], none), f"all layers at {uniform} bits"
             ).predicted()
             # single shares may come out negative by chance
             least = 1e-3 * sum(abs(value) for value in predicted.values()) / len(predicted)
@@ -233,25 +232,15 @@ class _Run:
             }
         # with a budget that one width fills there may be nothing to gain
         better = losses["allocated"] <= losses[f"uniform {uniform}"] or not fitting
-        self.bits = chosen if better else dict.fromkeys(self.layers, uniform)
-        self.allocation = {"target_bpw": target, "losses": losses, "bits": self.bits}
-        counts = {bits: sum(b == bits for b in self.bits.values()) for bits in options}
+        self.quantizer.bits = chosen if better else dict.fromkeys(self.layers, uniform)
+        self.allocation = {"target_bpw": target, "losses": losses, "bits": self.quantizer.bits}
+        counts = {bits: sum(b == bits for b in self.quantizer.bits.values()) for bits in options}
         log.info("allocation for %.3f bits per weight: layers by width %s, losses %s", target, counts, losses)
-
-    def _error(self, name: str, dense: DenseLayer) -> float:
-        """Squared error of the layer's output, or of its weight where nothing is known about the inputs."""
-        error = dense.weight() - self.weights[name]
-        inputs = self.inputs.get(name)
-        if inputs is not None:
-            return float(((error @ inputs.hessian) * error).sum(dtype=torch.float64))
-        if self.start is not None:
-            return float((error.square() * self.start.square[name]).sum(dtype=torch.float64))
-        return float(error.square().sum(dtype=torch.float64))
 
     # the choice of the sparse positions -----------------------------------------------------------------------
 
     def _select(self) -> tuple[Dense, Masks]:
-        none = self._no_masks()
+        none = self.quantizer.no_masks()
         recipe = self.recipe
         if recipe.outlier_rule == "base":
             assert self.start is not None
@@ -264,7 +253,7 @@ class _Run:
         budget = round(recipe.significant * self.total)
         if budget:
             masks = self._detach(dense, masks, budget)
-        if recipe.refits and self.passes is not None:
+        if self._refits():
             dense = self._refit(dense, masks)
         return dense, masks
 
@@ -308,9 +297,20 @@ class _Run:
 
         return detach_steps(measure, masks, budget, self.recipe.rounds)
 
+    def _refits(self) -> bool:
+        """Whether to refit. Second moments from few tokens would fit the calibration set and nothing else."""
+        if not self.recipe.refits or self.tokens is None:
+            return False
+        needed = _TOKENS_PER_FEATURE * max(layer.in_features for layer in self.layers.values())
+        if Need.INPUTS in self.base.refit_needs and self.tokens.numel() < needed:
+            log.info("no refit: it takes %d calibration tokens, there are %d", needed, self.tokens.numel())
+            return False
+        return True
+
     def _refit(self, dense: Dense, masks: Masks) -> Dense:
         """Quantize anew around the sparse part. Its positions fit the errors of before, so the loss decides."""
-        refitted = self._quantize(masks, "re-fitting around the sparse part", refit=True)
+        with self._stage("refit"):
+            refitted = self.quantizer.refit(dense, masks, "re-fitting around the sparse part")
         with self._stage("refit_loss"):
             before, after = (
                 self._loss(dense, masks, "loss before refit"),
@@ -334,34 +334,13 @@ class _Run:
 
     # pieces ---------------------------------------------------------------------------------------------------
 
-    def _no_masks(self) -> Masks:
-        return {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
-
-    def _quantize(self, removed: Masks | None, label: str, *, refit: bool = False) -> Dense:
-        dense = {}
+    def _quantize(self, removed: Masks | None, label: str) -> Dense:
         with self._stage("quantize"):
-            for name, weight in track(self.weights.items(), label, total=len(self.weights)):
-                fisher = self.start.square[name] if self.start is not None else None
-                layer = LayerData(weight, fisher=fisher, inputs=self.inputs.get(name))
-                base = self.recipe.make_base(self.bits[name])
-                if removed is None:
-                    key = name, self.bits[name]
-                    if key not in self.pool:
-                        self.pool[key] = base.quantize(layer)
-                    dense[name] = self.pool[key]
-                elif refit:
-                    dense[name] = base.refit(layer, removed[name])
-                else:
-                    dense[name] = base.quantize(layer, removed[name])
-        return dense
-
-    def _restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
-        """w̃: dense weights with the masked positions at full precision."""
-        return {name: torch.where(masks[name], self.weights[name], dense[name].weight()) for name in dense}
+            return self.quantizer.quantize(removed, label)
 
     def _scores(self, dense: Dense, masks: Masks, label: str) -> dict[str, Tensor]:
         """The metric of every weight for the step from w to w̃."""
-        restored = self._restored(dense, masks)
+        restored = self.quantizer.restored(dense, masks)
         path = self._integrate(restored, label) if self.metric.needs_path else None
         return {
             name: self.metric.score(
@@ -403,7 +382,7 @@ class _Run:
         return integral
 
     def _loss(self, dense: Dense, masks: Masks, label: str) -> float:
-        return self.objective.loss(self._restored(dense, masks), label)
+        return self.objective.loss(self.quantizer.restored(dense, masks), label)
 
     def _join(self, dense: Dense, masks: Masks) -> dict[str, QuantizedLayer]:
         layers = {}

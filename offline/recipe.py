@@ -7,10 +7,9 @@ from .bases import BASES, Base
 from .metrics import METRICS
 from .pqi import COMPUTE_DTYPES, QUADRATURES, quadrature
 
-__all__ = ["DEFAULT_OUTLIERS", "DEFAULT_SIGNIFICANT", "OUTLIER_RULES", "Recipe", "RecipeError"]
+__all__ = ["OUTLIER_RULES", "Recipe", "RecipeError"]
 
 OUTLIER_RULES = ("magnitude", "range", "base")
-DEFAULT_OUTLIERS, DEFAULT_SIGNIFICANT = 0.0045, 0.0005  # the paper's SqueezeLLM setting
 _MAX_SHARE = 0.1
 
 
@@ -28,8 +27,9 @@ class Recipe:
         target_bpw: stored bits a weight, everything counted; each layer's width is then chosen and ``bits`` not used.
         group_size: input features that share a scale, for bases with groups.
         state_bits: of the trellis, for qtip: a bit more halves the gap to the best code and doubles the time.
-        outliers: r_o, share of all quantized weights removed before the dense part is fitted.
-        significant: r_s, share detached after it.
+        outliers: r_o, share of all quantized weights removed before the dense part is fitted. None, which only a
+            caller can give, becomes the base's usual share.
+        significant: r_s, share detached after it; likewise.
         rounds: steps in which r_s is spent (r_s / β).
         metric: ranks significant weights and layers, a key of ``METRICS``; with "random" outliers are random too.
         outlier_rule: how outliers are found inside a layer: largest "magnitude"; largest reduction of the "range" of
@@ -48,8 +48,8 @@ class Recipe:
     target_bpw: float | None = None
     group_size: int = 64
     state_bits: int = 12
-    outliers: float = DEFAULT_OUTLIERS
-    significant: float = DEFAULT_SIGNIFICANT
+    outliers: float = None  # type: ignore[assignment]
+    significant: float = None  # type: ignore[assignment]
     rounds: int = 2
     metric: str = "pqi"
     outlier_rule: str = "magnitude"
@@ -73,6 +73,9 @@ class Recipe:
             raise RecipeError(f"--group-size {self.group_size}: must be a multiple of 32, at most 65536")
         if not 8 <= self.state_bits <= 16:
             raise RecipeError(f"--state-bits {self.state_bits}: must lie between 8 and 16")
+        for name, usual in zip(("outliers", "significant"), base.usual_shares, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
         for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
             if not 0 <= share <= _MAX_SHARE:
                 raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")

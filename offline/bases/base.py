@@ -64,6 +64,7 @@ class Base(ABC):
         name: as on the command line.
         bits: allowed widths.
         options: choices of a recipe, beside bits, that mean anything to it: "group_size", "state_bits".
+        usual_shares: of outliers and of significant weights, where a recipe names none.
         needs: what :meth:`quantize` wants to find in its :class:`LayerData`.
         can_refit: whether :meth:`refit` has anything to offer.
         refit_needs: what :meth:`refit` wants in addition.
@@ -73,6 +74,7 @@ class Base(ABC):
     name: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
     options: ClassVar[tuple[str, ...]] = ()
+    usual_shares: ClassVar[tuple[float, float]] = (0.0045, 0.0005)  # the paper's SqueezeLLM setting
     needs: ClassVar[frozenset[Need]] = frozenset()
     can_refit: ClassVar[bool] = True
     refit_needs: ClassVar[frozenset[Need]] = frozenset()
@@ -95,11 +97,12 @@ class Base(ABC):
                 ranges or centroids; their codes are those nearest to the weight.
         """
 
-    def refit(self, layer: LayerData, removed: Tensor) -> DenseLayer:
+    def refit(self, layer: LayerData, dense: DenseLayer, removed: Tensor) -> DenseLayer:
         """Quantize again once the sparse part is known, with whatever lets the dense part make up for its errors.
 
         Args:
             layer: as in :meth:`quantize`, with what :attr:`refit_needs` names.
+            dense: the layer as it was quantized before.
             removed: positions that are exact.
         """
         return self.quantize(layer, removed)

@@ -75,6 +75,8 @@ class Qtip(Base):
     name: ClassVar[str] = "qtip"
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
     options: ClassVar[tuple[str, ...]] = ("state_bits",)
+    # rotated weights have no outliers; beyond the first few, bits are better spent on wider layers (measured)
+    usual_shares: ClassVar[tuple[float, float]] = (0.0, 0.0005)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
     # a second search draws all errors anew, and the positions were chosen for those of the first (measured: worse)
     can_refit: ClassVar[bool] = False

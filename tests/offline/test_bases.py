@@ -149,7 +149,7 @@ def test_refit_obeys_the_interface(name: str) -> None:
     layer, base = _layer(), _base(name, 3)
     exact = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     exact[:, ::9] = True
-    dense = base.refit(layer, exact)
+    dense = base.refit(layer, base.quantize(layer), exact)
     assert dense.spec == base.spec(COLUMNS, ROWS)
     QuantizedLayer(dense.spec, dense.tensors).check(name=name)
 
@@ -165,7 +165,8 @@ def test_refitted_tables_lower_the_output_error(bits: int) -> None:
         left = torch.where(exact, layer.weight, weight) - layer.weight
         return float((left @ hessian * left).sum())
 
-    assert error(base.refit(layer, exact).weight()) < 0.6 * error(base.quantize(layer, exact).weight())
+    dense = base.quantize(layer, exact)
+    assert error(base.refit(layer, dense, exact).weight()) < 0.6 * error(dense.weight())
 
 
 def test_least_squares_table_is_the_optimum() -> None:

@@ -137,11 +137,17 @@ def test_refit_never_raises_the_calibration_loss(tmp_path: Path, base: str) -> N
     source = tiny.save(tmp_path / "in")
     loss = {}
     for refit in (False, True):
-        _, conversion = _convert(source, tmp_path / str(refit), base=base, bits=2, refit=refit)
+        _, conversion = _convert(source, tmp_path / str(refit), base=base, bits=2, refit=refit, num_samples=30)
         loss[refit] = conversion.report["calibration_loss"]
         decision = conversion.report["refit"]
         assert (decision is not None) is (refit and base != "qtip")
     assert loss[True] <= loss[False] + 1e-4
+
+
+def test_no_tables_are_refitted_to_a_handful_of_tokens(tmp_path: Path) -> None:
+    """3 × 24 tokens say nothing about the second moments of 160 features."""
+    _, conversion = _convert(tiny.save(tmp_path / "in"), tmp_path / "out", bits=2)
+    assert conversion.report["refit"] is None
 
 
 def test_the_base_rule_spends_the_whole_sparse_budget(tmp_path: Path) -> None:
@@ -244,6 +250,12 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
 def test_impossible_recipes_name_the_flag(choice: dict[str, object], flag: str) -> None:
     with pytest.raises(RecipeError, match=flag):
         Recipe(**choice)
+
+
+def test_sparse_shares_follow_the_base_unless_named() -> None:
+    assert (Recipe().outliers, Recipe().significant) == (0.0045, 0.0005)
+    assert (Recipe(base="qtip").outliers, Recipe(base="qtip").significant) == (0.0, 0.0005)
+    assert Recipe(base="qtip", outliers=0.002).describe()["outliers"] == 0.002
 
 
 def _file_calibration(path: Path, **size: int) -> torch.Tensor:

@@ -29,11 +29,13 @@ def command(
     group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, gptq, awq, and the head).")] = 64,
     state_bits: Annotated[int, typer.Option(help="Width of a trellis state (qtip): 12 is fast, 16 is best.")] = 12,
     outliers: Annotated[
-        float, typer.Option(parser=share, metavar="SHARE", help="Outliers removed before the dense fit.")
-    ] = "0.45%",  # type: ignore[assignment]
+        float | None,
+        typer.Option(parser=share, metavar="SHARE", help="Outliers removed before the dense fit [0.45%; qtip 0]."),
+    ] = None,
     significant: Annotated[
-        float, typer.Option(parser=share, metavar="SHARE", help="Significant weights detached after it.")
-    ] = "0.05%",  # type: ignore[assignment]
+        float | None,
+        typer.Option(parser=share, metavar="SHARE", help="Significant weights detached after it [0.05%]."),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached.")] = 2,
     metric: Annotated[
         str,
@@ -81,8 +83,8 @@ def command(
             target_bpw=target_bpw,
             group_size=group_size,
             state_bits=state_bits,
-            outliers=outliers,
-            significant=significant,
+            outliers=outliers,  # type: ignore[arg-type]
+            significant=significant,  # type: ignore[arg-type]
             rounds=rounds,
             metric=metric,
             outlier_rule=outlier_rule,

@@ -1,0 +1,96 @@
+"""A model's layers and what is known about them, quantized by one base at the width of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .bases import Base, DenseLayer, LayerData
+from .pqi import GradientMoments
+from .progress import track
+from .recipe import Recipe
+from .statistics import InputStatistics
+
+__all__ = ["Dense", "LayerQuantizer", "Masks"]
+
+Masks = dict[str, Tensor]
+Dense = Mapping[str, DenseLayer]
+
+
+@dataclass
+class LayerQuantizer:
+    """The quantizer of all layers of one model.
+
+    Attributes:
+        recipe: names the base and its options.
+        weights: w by layer, float32 ``[out_features, in_features]``.
+        inputs: statistics of the inputs, of layers for which they were collected.
+        start: moments of the gradients at w, if they were collected.
+        bits: width of every layer; may be changed between calls.
+    """
+
+    recipe: Recipe
+    weights: Mapping[str, Tensor]
+    inputs: Mapping[str, InputStatistics]
+    start: GradientMoments | None
+    bits: dict[str, int] = field(init=False)
+    _pool: dict[tuple[str, int], DenseLayer] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.bits = dict.fromkeys(self.weights, self.recipe.bits)
+
+    def quantize(self, removed: Masks | None, label: str) -> Dense:
+        """Quantize every layer.
+
+        Args:
+            removed: positions that the sparse part holds; None for none. Layers quantized without are kept and come
+                from memory the next time.
+            label: for the progress bar.
+        """
+        dense = {}
+        for name in track(self.weights, label, total=len(self.weights)):
+            if removed is None:
+                key = name, self.bits[name]
+                if key not in self._pool:
+                    self._pool[key] = self._base(name).quantize(self._layer(name))
+                dense[name] = self._pool[key]
+            else:
+                dense[name] = self._base(name).quantize(self._layer(name), removed[name])
+        return dense
+
+    def refit(self, dense: Dense, removed: Masks, label: str) -> Dense:
+        """Quantize every layer again, now that the sparse part is final."""
+        return {
+            name: self._base(name).refit(self._layer(name), dense[name], removed[name])
+            for name in track(self.weights, label, total=len(self.weights))
+        }
+
+    def forget(self) -> None:
+        """Release the layers that are kept."""
+        self._pool.clear()
+
+    def no_masks(self) -> Masks:
+        """Masks of an empty sparse part."""
+        return {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+
+    def restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
+        """w̃: dense weights with the masked positions at full precision."""
+        return {name: torch.where(masks[name], self.weights[name], dense[name].weight()) for name in dense}
+
+    def error(self, name: str, dense: DenseLayer) -> float:
+        """Squared error of the layer's output, or of its weight where nothing is known about the inputs."""
+        error = dense.weight() - self.weights[name]
+        inputs = self.inputs.get(name)
+        if inputs is not None:
+            return float(((error @ inputs.hessian) * error).sum(dtype=torch.float64))
+        if self.start is not None:
+            return float((error.square() * self.start.square[name]).sum(dtype=torch.float64))
+        return float(error.square().sum(dtype=torch.float64))
+
+    def _base(self, name: str) -> Base:
+        return self.recipe.make_base(self.bits[name])
+
+    def _layer(self, name: str) -> LayerData:
+        fisher = self.start.square[name] if self.start is not None else None
+        return LayerData(self.weights[name], fisher=fisher, inputs=self.inputs.get(name))
