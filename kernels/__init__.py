@@ -14,6 +14,7 @@ from . import cpu
 from .bitstream import unpack_codes
 from .native import NativeCodeError
 from .ops import FUSED_BATCH
+from .reference import signs
 
 __all__ = ["FUSED_BATCH", "NativeCodeError", "embedding", "kernel_path", "linear", "repack"]
 
@@ -87,7 +88,7 @@ def repack(
             # features come in blocks of at least 16, so there are no pad bits
             features = 8 * tensors[name].numel()
             block = features // tensors["scales"].shape[0 if name == "signs_out" else 1]
-            packed[name] = copied((1 - 2 * unpack_codes(tensors[name][None], 1, features)[0].float()) * block**-0.5)
+            packed[name] = copied(signs(tensors[name], features) * block**-0.5)
         elif kind == "trellis":
             packed[name] = copied(tensors[name])
         elif device.type == "cpu" and name == "qweight":

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .bases.uniform import grouped
+
 __all__ = [
     "TAUS",
     "adaptive_counts",
@@ -100,9 +102,7 @@ def largest_range_reduction(
 
 
 def _range_reduction(weight: Tensor, group_size: int) -> Tensor:
-    rows, columns = weight.shape
-    groups = -(-columns // group_size)
-    parts = torch.nn.functional.pad(weight, (0, groups * group_size - columns)).view(rows, groups, group_size)
+    parts = grouped(weight, group_size)
     depth = min(_MAX_REMOVED, group_size)
     order = parts.abs().topk(depth, dim=2).indices
     left, squared = parts.clone(), []
@@ -111,14 +111,14 @@ def _range_reduction(weight: Tensor, group_size: int) -> Tensor:
         if k < depth:
             left.scatter_(2, order[..., k : k + 1], 0.0)
     ranges = torch.stack(squared, dim=2)  # [rows, groups, depth + 1]
-    gain = torch.zeros(rows, groups, depth, device=weight.device)
+    gain = torch.zeros(*parts.shape[:2], depth, device=weight.device)
     for k in range(depth):
         steps = torch.arange(1, depth + 1 - k, device=weight.device)
         gain[..., k] = ((ranges[..., k : k + 1] - ranges[..., k + 1 :]) / steps).amax(2)
     # an element is not removed before the larger ones of its group
     gain = gain.cummin(2).values
     score = torch.zeros_like(parts).scatter_(2, order, gain)
-    return score.flatten(1)[:, :columns].contiguous()
+    return score.flatten(1)[:, : weight.shape[1]].contiguous()
 
 
 def random_positions(weights: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:

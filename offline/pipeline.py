@@ -78,16 +78,6 @@ def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     return specs
 
 
-def sparse_nbytes(recipe: Recipe, layers: Mapping[str, nn.Linear]) -> int:
-    """Bytes of the sparse parts when their elements are spread evenly."""
-    share = recipe.outliers + recipe.significant
-    total = 0
-    for layer in layers.values():
-        spec = recipe.make_base().spec(layer.in_features, layer.out_features)
-        total += spec.model_copy(update={"nnz": round(share * spec.numel)}).sparse_nbytes
-    return total
-
-
 def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path | None = None) -> Conversion:
     """Convert a model.
 
@@ -136,6 +126,7 @@ class _Run:
         self.counts: dict[str, int] = {}
         self.loss_original: float | None = None
         self.relative_error: dict[str, float] = {}
+        self.refits = self._refits()
 
     def convert(self) -> Conversion:
         if self.tokens is not None:
@@ -174,7 +165,7 @@ class _Run:
     # what is measured before anything is quantized ------------------------------------------------------------
 
     def _measure(self) -> None:
-        needs = self.base.needs | (self.base.refit_needs if self._refits() else frozenset())
+        needs = self.base.needs | (self.base.refit_needs if self.refits else frozenset())
         if Need.INPUTS in needs:
             assert self.tokens is not None
             with self._stage("inputs"):
@@ -206,7 +197,8 @@ class _Run:
             for bits in options
         }
         size = {name: {bits: 8.0 * specs[bits][name].dense_nbytes for bits in options} for name in self.layers}
-        budget = target * self.total - 8 * sparse_nbytes(self.recipe, self.layers)
+        planned = plan(self.model, self.recipe)
+        budget = target * self.total - 8 * sum(planned[name].sparse_nbytes for name in self.layers)
         fitting = [bits for bits in options if sum(size[name][bits] for name in size) <= budget]
         uniform = max(fitting, default=options[0])
         dense, error = {}, {}
@@ -253,7 +245,7 @@ class _Run:
         budget = round(recipe.significant * self.total)
         if budget:
             masks = self._detach(dense, masks, budget)
-        if self._refits():
+        if self.refits:
             dense = self._refit(dense, masks)
         return dense, masks
 

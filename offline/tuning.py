@@ -19,6 +19,7 @@ from vllm_requant.kernels.bitstream import unpack_codes
 from vllm_requant.kernels.reference import hadamard_blocks, rotated_trellis, signs
 
 from .bases import DenseLayer
+from .bases.uniform import SMALLEST_SCALE, column_groups
 from .path import moving_layers
 from .pqi import Objective
 from .progress import track
@@ -27,7 +28,6 @@ __all__ = ["norm_weights", "tunable", "tune"]
 
 log = logging.getLogger(__name__)
 _WARM_UP = 8
-_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 
 
 class Tunable(ABC):
@@ -60,12 +60,12 @@ class _Uniform(Tunable):
         super().__init__(dense, "scales")
         spec = dense.spec
         assert isinstance(spec, UniformSpec)
-        self.group = torch.arange(spec.in_features, device=self.parameter.device) // spec.group_size
+        self.group = column_groups(spec.in_features, spec.group_size, self.parameter.device)
         codes = unpack_codes(dense.tensors["qweight"], spec.bits, spec.in_features).float()
         self.steps = codes - unpack_codes(dense.tensors["qzeros"], spec.bits, spec.groups).float()[:, self.group]
 
     def weight(self) -> Tensor:
-        self.parameter.clamp_(min=_SMALLEST_SCALE)
+        self.parameter.clamp_(min=SMALLEST_SCALE)
         return self.steps * self.parameter[:, self.group]
 
     def gradient(self, weight: Tensor) -> Tensor:

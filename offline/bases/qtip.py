@@ -19,6 +19,7 @@ from vllm_requant.kernels.reference import TILE, hadamard_blocks, trellis_code
 from ..native import library
 from .base import Base, DenseLayer, LayerData, Need
 from .feedback import block_feedback
+from .uniform import SMALLEST_SCALE
 
 __all__ = ["Qtip", "hadamard_block", "trellis_path"]
 
@@ -125,7 +126,8 @@ class Qtip(Base):
         width, rows = spec.tile_columns, spec.block_out
         code = trellis_code(self.state_bits)
         # a scale of 0 stands for a block of zeros
-        by_column = scales.float().clamp(min=2.0**-24).repeat_interleave(spec.block_in, 1).repeat_interleave(rows, 0)
+        by_block = scales.float().clamp(min=SMALLEST_SCALE)
+        by_column = by_block.repeat_interleave(spec.block_in, 1).repeat_interleave(rows, 0)
         feedback = block_feedback(hessian, width)
         target = rotated.contiguous().clone()
         states = torch.empty(spec.out_features // rows, spec.in_features // width, TILE, dtype=torch.int32)

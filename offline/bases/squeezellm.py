@@ -51,7 +51,6 @@ class SqueezeLLM(Base):
         for _ in range(_REFIT_ROUNDS):
             codes = feedback_codes(weight, hessian, table, removed)
             table = least_squares_table(weight, hessian, codes, table, removed).to(torch.float16).float()
-        table = table.sort(dim=1).values
         codes = feedback_codes(weight, hessian, table, removed)
         return self._layer(self.spec(*weight.shape[::-1]), codes, table.to(torch.float16))
 

@@ -12,6 +12,7 @@ from vllm_requant.kernels.bitstream import pack_codes
 from .base import Base, DenseLayer
 
 __all__ = [
+    "SMALLEST_SCALE",
     "Grid",
     "GroupLoss",
     "UniformBase",
@@ -25,7 +26,7 @@ __all__ = [
     "to_layer",
 ]
 
-_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 GroupLoss = Callable[[Tensor], Tensor]
 _SHRINKS = tuple(1 - 0.05 * step for step in range(11))
 
@@ -99,7 +100,7 @@ def minmax_grid(weight: Tensor, group_size: int, bits: int, shrink: Tensor | flo
     parts = grouped(weight, group_size)
     low, high = parts.amin(2).clamp(max=0) * shrink, parts.amax(2).clamp(min=0) * shrink
     # the scale is rounded to its stored type first, so that codes are nearest to what will be decoded
-    scales = ((high - low) / largest).to(torch.float16).clamp(min=_SMALLEST_SCALE).float()
+    scales = ((high - low) / largest).to(torch.float16).clamp(min=SMALLEST_SCALE).float()
     return Grid(scales, torch.round(-low / scales).clamp(0, largest), largest)
 
 
