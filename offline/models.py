@@ -26,6 +26,7 @@ __all__ = [
     "load_tokenizer",
     "model_config",
     "other_tensors",
+    "other_weights",
     "resolve_source",
     "skeleton",
 ]
@@ -200,15 +201,19 @@ def head_module(model: nn.Module) -> tuple[str, Tensor]:
 
 def other_tensors(lm: CausalLM, quantized: set[str]) -> dict[str, Tensor]:
     """What is stored beside the quantized layers, in ``lm.dtype``, without doubles of tied weights."""
-    head, embedding = lm.model.get_output_embeddings(), lm.model.get_input_embeddings()
-    skip = {f"{name}.weight" for name in quantized}
-    if head is not None and head.weight is embedding.weight:
-        skip |= {f"{name}.weight" for name, module in lm.model.named_modules() if module is head}
     return {
         name: tensor.to(lm.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in lm.model.state_dict().items()
-        if name not in skip
+        for name, tensor in other_weights(lm.model, quantized).items()
     }
+
+
+def other_weights(model: Any, quantized: set[str]) -> dict[str, Tensor]:
+    """All tensors of a model beside its quantized layers, tied ones once; the model may be on "meta"."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    skip = {f"{name}.weight" for name in quantized}
+    if head is not None and head.weight is embedding.weight:
+        skip |= {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in skip}
 
 
 def model_config(lm: CausalLM) -> dict[str, Any]:

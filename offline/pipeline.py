@@ -4,14 +4,13 @@
 2. algorithm 1: outlier ratio of every layer      5. algorithm 2: detach significant weights step by step
 3. pick outliers inside each layer                6. dense + outliers + significant weights
 
-Nothing here touches files.
+With a target size a search takes the place of steps 1 to 5 (:mod:`.budget`). What follows either, refit and tuning,
+is our own choice. Nothing here touches files.
 """
 
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,18 @@ from torch import Tensor, nn
 
 from vllm_requant.format import LayerSpec, QuantizedLayer
 
-from . import outliers, pqi
-from .allocation import allocate
 from .bases import Awq, LayerData, Need, Rtn
+from .budget import BudgetSearch, layer_sizes
 from .cache import MomentsCache
 from .folding import apply_fold, find_folds
-from .metrics import METRICS, Sensitivity
-from .models import CausalLM, ModelError, find_layers, head_module
+from .measurements import Measurements
+from .models import CausalLM, ModelError, find_layers, head_module, other_weights
+from .pqi import GradientMoments, Objective
 from .progress import track
 from .quantizer import Dense, LayerQuantizer, Masks
-from .recipe import Recipe
-from .significant import detach_steps
+from .recipe import Recipe, RecipeError
+from .selection import Selection, Selector
+from .stages import Stages
 from .statistics import InputStatistics, input_statistics
 from .tuning import norm_weights, tune
 
@@ -56,26 +56,59 @@ class Conversion:
 def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
     """Specs of all layers that a conversion would write, sparse elements spread evenly; the model may be on "meta".
 
-    With a target the widths are not known before anything is measured; the largest below it stands for them.
+    With a target the precisions are not known before anything is measured; a typical one stands for them.
 
     Raises:
         ModelError: the architecture is not supported.
+        RecipeError: the target is smaller than anything that the base can do with this model.
     """
-    base = recipe.make_base(recipe.typical_bits)
+    recipe = _with_target(model, recipe)
+    base = recipe.make_base()
     if base.folds:
         list(find_folds(model))  # refuses an architecture that it knows nothing about
-    share = recipe.outliers + recipe.significant
+    share = recipe.outliers + (recipe.significant or 0.0)
+    layers = find_layers(model)
     specs: dict[str, LayerSpec] = {}
-    for name, layer in find_layers(model).items():
+    for name, layer in layers.items():
         try:
             spec = base.spec(layer.in_features, layer.out_features)
         except ValueError as error:
             raise ModelError(f"{name}: {error}; use another base") from None
         specs[name] = spec.model_copy(update={"nnz": round(share * spec.numel)})
+    if recipe.target_bpw is not None:
+        sizes = layer_sizes({name: layer.weight.shape for name, layer in layers.items()}, recipe)
+        least = sum(min(size.values()) for size in sizes.values()) / sum(spec.numel for spec in specs.values())
+        if least > recipe.target_bpw:
+            raise RecipeError(
+                f"the target of {recipe.target_bpw:.3f} bits per weight is too small: {recipe.base} takes at least "
+                f"{least:.3f} with this model; raise --target-bpw or --target-size, or use another base"
+            )
     if recipe.lm_head_bits < 16:
         name, weight = head_module(model)
         specs[name] = Rtn(recipe.lm_head_bits, recipe.group_size).spec(weight.shape[1], weight.shape[0])
     return specs
+
+
+def _with_target(model: nn.Module, recipe: Recipe) -> Recipe:
+    """The recipe with a size of the checkpoint turned into bits a weight of its quantized layers."""
+    if recipe.target_size is None:
+        return recipe
+    layers = find_layers(model)
+    quantized = set(layers)
+    head_bytes = 0
+    if recipe.lm_head_bits < 16:
+        name, weight = head_module(model)
+        quantized.add(name)
+        head_bytes = Rtn(recipe.lm_head_bits, recipe.group_size).spec(weight.shape[1], weight.shape[0]).nbytes
+    rest = head_bytes + sum(2 * tensor.numel() for tensor in other_weights(model, quantized).values())
+    left = 8 * (recipe.target_size - rest) / sum(layer.weight.numel() for layer in layers.values())
+    try:
+        return replace(recipe, target_bpw=left, target_size=None)
+    except RecipeError as error:
+        raise RecipeError(
+            f"--target-size {recipe.target_size}: {rest} bytes are not quantized, which leaves {left:.3f} bits per "
+            f"weight of the quantized layers: {error}"
+        ) from None
 
 
 def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path | None = None) -> Conversion:
@@ -90,7 +123,7 @@ def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path 
     """
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
-    return _Run(lm, recipe, tokens, MomentsCache(cache)).convert()
+    return _Run(lm, _with_target(lm.model, recipe), tokens, MomentsCache(cache)).convert()
 
 
 @dataclass
@@ -101,81 +134,85 @@ class _Run:
     recipe: Recipe
     tokens: Tensor | None
     cache: MomentsCache
-    seconds: dict[str, float] = field(default_factory=dict)
-    integrals: list[dict[str, Any]] = field(default_factory=list)
+    stages: Stages = field(default_factory=Stages)
+    report: dict[str, Any] = field(default_factory=lambda: {"refit": None, "tuning": None})
 
     def __post_init__(self) -> None:
         self.model = self.lm.model
         self.layers = find_layers(self.model)
-        self.passes = (
-            pqi.Objective(self.model, self.layers, self.tokens, self.recipe.compute)
-            if self.tokens is not None
-            else None
-        )
-        self.numel = {name: layer.weight.numel() for name, layer in self.layers.items()}
-        self.total = sum(self.numel.values())
-        self.base = self.recipe.make_base(self.recipe.typical_bits)
-        self.allocation: dict[str, Any] | None = None
-        self.tuning: dict[str, Any] | None = None
-        self.refit: dict[str, Any] | None = None
-        self.metric = METRICS[self.recipe.metric]
-        self.generator = torch.Generator().manual_seed(self.recipe.seed)
+        self.base = self.recipe.make_base()
         self.inputs: dict[str, InputStatistics] = {}
-        self.start: pqi.GradientMoments | None = None
-        self.candidates: list[dict[str, Any]] = []
-        self.counts: dict[str, int] = {}
-        self.loss_original: float | None = None
-        self.relative_error: dict[str, float] = {}
         self.refits = self._refits()
+        self.objective: Objective | None = None
+        if self.tokens is not None:
+            looked_at = self.tokens[: self.recipe.path_samples]
+            self.objective = Objective(
+                self.model, self.layers, looked_at, labels=self.recipe.labels, compute=self.recipe.compute
+            )
 
     def convert(self) -> Conversion:
-        if self.tokens is not None:
-            with self._stage("original_loss"):
-                self.loss_original = self.objective.loss(label="loss of the original")
-        self._measure()
+        loss_original = None
+        if self.objective is not None:
+            with self.stages.stage("original_loss"):
+                loss_original = self.objective.loss(label="loss of the original")
+        start = self._measure()
         # after folding: from here on the rescaled weights are the original
         self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
-        self.quantizer = LayerQuantizer(self.recipe, self.weights, self.inputs, self.start)
-        if self.recipe.target_bpw is not None:
-            self._allocate(self.recipe.target_bpw)
-        dense, masks = self._select()
+        self.quantizer = LayerQuantizer(self.recipe, self.weights, self.inputs, start)
+        self.measurements = Measurements(self.recipe, self.objective, self.weights, start, self.cache, loss_original)
+        selection = self._select()
+        self.report |= selection.report
+        dense, masks = selection.dense, selection.masks
+        if self.refits:
+            dense = self._refit(dense, masks)
         self.quantizer.forget()
         if self.recipe.tune_epochs:
-            with self._stage("tuning"):
+            with self.stages.stage("tuning"):
                 dense = self._tune(dense, masks)
-        with self._stage("residual"):
-            layers = self._join(dense, masks)
-        report = self._report(layers)
+        with self.stages.stage("residual"):
+            layers = {
+                name: QuantizedLayer.build(spec, tensors, weight=self.weights[name], mask=masks[name]).to("cpu")
+                for name, (spec, tensors) in dense.items()
+            }
+        if self.objective is not None:
+            # the stored weights, rounding of the residual included
+            stored = {name: layer.weight() for name, layer in layers.items()}
+            with self.stages.stage("final_loss"):
+                loss = self.measurements.loss(stored, "result")
+            self.report |= {
+                "calibration_loss_original": loss_original,
+                "calibration_loss": loss,
+                "delta_loss": loss - (loss_original or 0.0),
+            }
+        self._add_layers(layers)
         if self.recipe.lm_head_bits < 16:
-            with self._stage("lm_head"):
+            with self.stages.stage("lm_head"):
                 name, weight = head_module(self.model)
                 spec, tensors = Rtn(self.recipe.lm_head_bits, self.recipe.group_size).quantize(
                     LayerData(weight.float())
                 )
                 layers[name] = QuantizedLayer(spec, tensors)
-                self._log_layer(name, layers[name], weight)
-        return Conversion(layers, report)
-
-    @property
-    def objective(self) -> pqi.Objective:
-        """The calibration loss; only for recipes that look at text."""
-        assert self.passes is not None
-        return self.passes
+                self._add_layers({name: layers[name]}, weight)
+        self.report |= {"integrals": self.measurements.integrals, "stages": self.stages.report()}
+        return Conversion(layers, self.report)
 
     # what is measured before anything is quantized ------------------------------------------------------------
 
-    def _measure(self) -> None:
+    def _measure(self) -> GradientMoments | None:
+        """Statistics of the inputs, the fold that a base asks for, and gradients at the original weights."""
         needs = self.base.needs | (self.base.refit_needs if self.refits else frozenset())
         if Need.INPUTS in needs:
             assert self.tokens is not None
-            with self._stage("inputs"):
+            with self.stages.stage("inputs"):
                 self.inputs = input_statistics(self.model, self.layers, self.tokens)
         if isinstance(self.base, Awq):
-            with self._stage("fold"):
+            with self.stages.stage("fold"):
                 self._fold(self.base)
-        if Need.FISHER in needs or self.recipe.needs_start:
-            with self._stage("gradients"):
-                self.start = self.objective.gradients()
+        if Need.FISHER not in needs and not self.recipe.needs_start:
+            return None
+        assert self.objective is not None
+        with self.stages.stage("gradients"):
+            return self.objective.gradients()
 
     def _fold(self, base: Awq) -> None:
         folds = list(find_folds(self.model))
@@ -184,110 +221,11 @@ class _Run:
             rescaled = self.inputs[next(iter(fold.consumers))].scaled(1 / fold.spread(scale))
             self.inputs |= dict.fromkeys(fold.consumers, rescaled)
 
-    # the choice of the widths ---------------------------------------------------------------------------------
+    # what is chosen -------------------------------------------------------------------------------------------
 
-    def _allocate(self, target: float) -> None:
-        """Set the bits of every layer so that everything stored fits the target."""
-        options = sorted(bits for bits in self.base.bits if bits < 8 or target > 4)
-        specs = {
-            bits: {
-                name: self.recipe.make_base(bits).spec(la.in_features, la.out_features)
-                for name, la in self.layers.items()
-            }
-            for bits in options
-        }
-        size = {name: {bits: 8.0 * specs[bits][name].dense_nbytes for bits in options} for name in self.layers}
-        planned = plan(self.model, self.recipe)
-        budget = target * self.total - 8 * sum(planned[name].sparse_nbytes for name in self.layers)
-        fitting = [bits for bits in options if sum(size[name][bits] for name in size) <= budget]
-        uniform = max(fitting, default=options[0])
-        dense, error = {}, {}
-        for bits in options:
-            self.quantizer.bits = dict.fromkeys(self.layers, bits)
-            dense[bits] = self._quantize(None, f"quantizing to {bits} bits")
-            error[bits] = {name: self.quantizer.error(name, layer) for name, layer in dense[bits].items()}
-        with self._stage("allocation"):
-            none = self.quantizer.no_masks()
-            predicted = self._integrate(
-                self.quantizer.restored(dense[uniform], none), f"all layers at {uniform} bits"
-            ).predicted()
-            # single shares may come out negative by chance
-            least = 1e-3 * sum(abs(value) for value in predicted.values()) / len(predicted)
-            cost = {
-                name: {bits: max(share, least) * error[bits][name] / error[uniform][name] for bits in options}
-                for name, share in predicted.items()
-            }
-            chosen = allocate(size, cost, budget)
-            losses = {
-                "allocated": self._loss({name: dense[bits][name] for name, bits in chosen.items()}, none, "allocated"),
-                f"uniform {uniform}": self._loss(dense[uniform], none, f"uniform {uniform}"),
-            }
-        # with a budget that one width fills there may be nothing to gain
-        better = losses["allocated"] <= losses[f"uniform {uniform}"] or not fitting
-        self.quantizer.bits = chosen if better else dict.fromkeys(self.layers, uniform)
-        self.allocation = {"target_bpw": target, "losses": losses, "bits": self.quantizer.bits}
-        counts = {bits: sum(b == bits for b in self.quantizer.bits.values()) for bits in options}
-        log.info("allocation for %.3f bits per weight: layers by width %s, losses %s", target, counts, losses)
-
-    # the choice of the sparse positions -----------------------------------------------------------------------
-
-    def _select(self) -> tuple[Dense, Masks]:
-        none = self.quantizer.no_masks()
-        recipe = self.recipe
-        if recipe.outlier_rule == "base":
-            assert self.start is not None
-            masks = outliers.squeezellm_positions(self.weights, self.start.square, recipe.outliers, recipe.significant)
-            return self._quantize(masks, "quantizing"), masks
-        if recipe.outliers > 0:
-            dense, masks = self._outliers(none)
-        else:
-            dense, masks = self._quantize(None, "quantizing"), none
-        budget = round(recipe.significant * self.total)
-        if budget:
-            masks = self._detach(dense, masks, budget)
-        if self.refits:
-            dense = self._refit(dense, masks)
-        return dense, masks
-
-    def _outliers(self, none: Masks) -> tuple[Dense, Masks]:
-        """Algorithm 1: the candidate ratios are re-quantized and the lowest calibration loss wins."""
-        if self.recipe.metric == "random":
-            masks = outliers.random_positions(self.weights, self.recipe.outliers, self.recipe.seed)
-            return self._quantize(masks, "quantizing"), masks
-        pre = self._quantize(None, "pre-quantizing")
-        with self._stage("outlier_ratio"):
-            scores = self._scores(pre, none, "pre-quantized")
-            mean_score = {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
-            del scores, pre
-        budget = round(self.recipe.outliers * self.total)
-        best: tuple[float, Dense, Masks] | None = None
-        for tau in outliers.TAUS:
-            counts = outliers.adaptive_counts(mean_score, self.numel, budget, tau)
-            masks = self._outlier_masks(counts)
-            dense = self._quantize(masks, f"re-quantizing, τ = {tau:g}")
-            with self._stage("outlier_ratio"):
-                loss = self._loss(dense, masks, f"loss at τ = {tau:g}")
-            self.candidates.append({"tau": tau, "calibration_loss": loss})
-            log.info("outlier ratio: τ = %g gives calibration loss %.5f", tau, loss)
-            if best is None or loss < best[0]:
-                best, self.counts = (loss, dense, masks), counts
-        assert best is not None
-        return best[1], best[2]
-
-    def _outlier_masks(self, counts: Mapping[str, int]) -> Masks:
-        if self.recipe.outlier_rule == "magnitude":
-            return outliers.largest_magnitude(self.weights, counts)
-        group_size = self.recipe.group_size if "group_size" in self.base.options else None
-        return outliers.largest_range_reduction(self.weights, counts, group_size)
-
-    def _detach(self, dense: Dense, masks: Masks, budget: int) -> Masks:
-        """Algorithm 2."""
-
-        def measure(masks: Masks, number: int) -> dict[str, Tensor]:
-            with self._stage("significant"):
-                return self._scores(dense, masks, f"detach, round {number + 1}")
-
-        return detach_steps(measure, masks, budget, self.recipe.rounds)
+    def _select(self) -> Selection:
+        search: type[Selector] | type[BudgetSearch] = Selector if self.recipe.target_bpw is None else BudgetSearch
+        return search(self.recipe, self.quantizer, self.measurements, self.stages).select()
 
     def _refits(self) -> bool:
         """Whether to refit. Second moments from few tokens would fit the calibration set and nothing else."""
@@ -301,137 +239,54 @@ class _Run:
 
     def _refit(self, dense: Dense, masks: Masks) -> Dense:
         """Quantize anew around the sparse part. Its positions fit the errors of before, so the loss decides."""
-        with self._stage("refit"):
+        with self.stages.stage("refit"):
             refitted = self.quantizer.refit(dense, masks, "re-fitting around the sparse part")
-        with self._stage("refit_loss"):
+        with self.stages.stage("refit_loss"):
             before, after = (
-                self._loss(dense, masks, "loss before refit"),
-                self._loss(refitted, masks, "loss after refit"),
+                self.measurements.loss(self.quantizer.restored(candidate, masks), f"{when} refit")
+                for candidate, when in ((dense, "before"), (refitted, "after"))
             )
         log.info("refit: calibration loss %.5f before, %.5f after", before, after)
-        self.refit = {"calibration_loss_before": before, "calibration_loss_after": after, "kept": after < before}
+        self.report["refit"] = {
+            "calibration_loss_before": before,
+            "calibration_loss_after": after,
+            "kept": after < before,
+        }
         return refitted if after < before else dense
 
     def _tune(self, dense: Dense, masks: Masks) -> Dense:
-        tuned, divergence = tune(self.objective, dense, masks, epochs=self.recipe.tune_epochs)
+        assert self.objective is not None
+        assert self.tokens is not None
+        objective = replace(self.objective, tokens=self.tokens)
+        tuned, divergence = tune(objective, dense, masks, epochs=self.recipe.tune_epochs)
         for parameter in norm_weights(self.model, self.layers):
             parameter.data = parameter.data.to(self.lm.dtype).float()  # as they will be stored
-        span = min(len(self.objective.tokens), len(divergence))
+        span = min(len(self.tokens), len(divergence))
         first, last = (sum(part) / span for part in (divergence[:span], divergence[-span:]))
         log.info(
             "tuning: divergence from the original %.4f nats a token in the first pass, %.4f in the last", first, last
         )
-        self.tuning = {"epochs": self.recipe.tune_epochs, "divergence": divergence}
+        self.report["tuning"] = {"epochs": self.recipe.tune_epochs, "divergence": divergence}
         return tuned
 
-    # pieces ---------------------------------------------------------------------------------------------------
+    # the report -----------------------------------------------------------------------------------------------
 
-    def _quantize(self, removed: Masks | None, label: str) -> Dense:
-        with self._stage("quantize"):
-            return self.quantizer.quantize(removed, label)
-
-    def _scores(self, dense: Dense, masks: Masks, label: str) -> dict[str, Tensor]:
-        """The metric of every weight for the step from w to w̃."""
-        restored = self.quantizer.restored(dense, masks)
-        path = self._integrate(restored, label) if self.metric.needs_path else None
-        return {
-            name: self.metric.score(
-                Sensitivity.of(name, weight, restored[name] - weight, self.start, path, self.generator)
+    def _add_layers(self, layers: Mapping[str, QuantizedLayer], weight: Tensor | None = None) -> None:
+        """Log layers and add them to the report; ``weight`` is the original of one that is not in a block."""
+        entries = self.report.setdefault("layers", {})
+        for name, layer in layers.items():
+            spec = layer.spec
+            error = _relative_error(layer, self.weights[name] if weight is None else weight)
+            entries[name] = {"bits_per_weight": spec.bits_per_weight, "nnz": spec.nnz, "relative_error": error}
+            log.info(
+                "%-40s %-7s %d bit  nnz %-7d %.3f bits/weight  relative error %.4f",
+                name,
+                spec.kind,
+                spec.bits,
+                spec.nnz,
+                spec.bits_per_weight,
+                error,
             )
-            for name, weight in self.weights.items()
-        }
-
-    def _integrate(self, restored: Mapping[str, Tensor], label: str) -> pqi.PathIntegral:
-        assert self.loss_original is not None
-        integral = self.objective.integrate(
-            restored,
-            rule=self.recipe.quadrature,
-            nodes=self.recipe.nodes,
-            squares=self.metric.needs_squares or self.cache.enabled,
-            cache=self.cache,
-            label=f"integral ({label})",
-        )
-        loss = self.objective.loss(restored, f"actual loss ({label})")
-        share = integral.predicted()
-        predicted, actual = sum(share.values()), loss - self.loss_original
-        error = abs(predicted - actual) / abs(actual) if actual else float("nan")
-        log.info(
-            "integral (%s): ΔF predicted %.5f, actual %.5f, relative error %.3f %%",
-            label,
-            predicted,
-            actual,
-            100 * error,
-        )
-        self.integrals.append(
-            {
-                "stage": label,
-                "predicted": predicted,
-                "actual": actual,
-                "relative_error": error,
-                "predicted_by_layer": share,
-            }
-        )
-        return integral
-
-    def _loss(self, dense: Dense, masks: Masks, label: str) -> float:
-        return self.objective.loss(self.quantizer.restored(dense, masks), label)
-
-    def _join(self, dense: Dense, masks: Masks) -> dict[str, QuantizedLayer]:
-        layers = {}
-        for name, (spec, tensors) in dense.items():
-            weight = self.weights[name]
-            layers[name] = QuantizedLayer.build(spec, tensors, weight=weight, mask=masks[name]).to("cpu")
-            self._log_layer(name, layers[name], weight)
-        return layers
-
-    def _log_layer(self, name: str, layer: QuantizedLayer, weight: Tensor) -> None:
-        spec = layer.spec
-        self.relative_error[name] = _relative_error(layer, weight)
-        log.info(
-            "%-40s %-7s %d bit  nnz %-7d %.3f bits/weight  relative error %.4f",
-            name,
-            spec.kind,
-            spec.bits,
-            spec.nnz,
-            spec.bits_per_weight,
-            self.relative_error[name],
-        )
-
-    def _report(self, layers: Mapping[str, QuantizedLayer]) -> dict[str, Any]:
-        report: dict[str, Any] = {
-            "layers": {
-                name: {
-                    "bits_per_weight": layer.spec.bits_per_weight,
-                    "nnz": layer.spec.nnz,
-                    "outliers": self.counts.get(name),
-                    "relative_error": self.relative_error[name],
-                }
-                for name, layer in layers.items()
-            },
-            "outlier_ratio_candidates": self.candidates,
-            "integrals": self.integrals,
-            "allocation": self.allocation,
-            "refit": self.refit,
-            "tuning": self.tuning,
-        }
-        if self.tokens is not None:
-            assert self.loss_original is not None
-            # the stored weights, rounding of the residual included
-            stored = {name: layer.weight() for name, layer in layers.items()}
-            with self._stage("final_loss"):
-                loss = self.objective.loss(stored, "loss of the result")
-            report |= {
-                "calibration_loss_original": self.loss_original,
-                "calibration_loss": loss,
-                "delta_loss": loss - self.loss_original,
-            }
-        return report | {"seconds": {name: round(value, 1) for name, value in self.seconds.items()}}
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
 def _relative_error(layer: QuantizedLayer, weight: Tensor) -> float:

@@ -6,12 +6,14 @@ With F the mean token cross-entropy on the calibration set and Δ = w̃ − w,
     PQI_i = | Δ_i · Σ_k a_k ∂F/∂w_i (w + t_k Δ) |
 
 The gradient is averaged over the set before the absolute value is taken. Gauss–Legendre nodes are our own choice;
-the paper uses 32 equally spaced points.
+the paper uses 32 equally spaced points. So is the choice of labels: with the original model's predictions in the
+place of the text's next tokens, F is the divergence from the original plus a constant, and the integral is free of
+what the text's own surprise does to the gradient.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from .cache import MomentsCache, fingerprint
-from .path import moving_layers
+from .path import MovingLayer, moving_layers
 from .progress import track
 
-__all__ = ["COMPUTE_DTYPES", "QUADRATURES", "GradientMoments", "Objective", "PathIntegral", "quadrature"]
+__all__ = ["COMPUTE_DTYPES", "LABELS", "QUADRATURES", "GradientMoments", "Objective", "PathIntegral", "quadrature"]
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LABELS = ("text", "model")
 QUADRATURES = ("gauss", "midpoint", "uniform")
 
 
@@ -100,12 +103,14 @@ class PathIntegral:
 
 @dataclass(frozen=True)
 class Objective:
-    """F: the mean over calibration sequences of their mean token cross-entropy, in nats.
+    """F: the mean over calibration sequences of a mean over tokens, in nats.
 
     Attributes:
         model: holds the original weights w, which no method changes.
         layers: the layers whose weights F is looked at as a function of.
         tokens: int64 ``[num_samples, seq_len]``.
+        labels: "text": F is the cross-entropy of the next token, as in the paper; "model": the Kullback–Leibler
+            divergence of the predictions from those at w, which is 0 at w. Gradients at w are always the text's.
         compute: "float32", or "bfloat16" for mixed precision, about twice as fast and half the activations; F itself
             is then the loss in that precision, for the gradients and for the actual ΔF alike.
         checkpointing: keep the activations of block borders only and compute the others again.
@@ -115,6 +120,7 @@ class Objective:
     model: Any
     layers: Mapping[str, nn.Linear]
     tokens: Tensor
+    labels: str = "text"
     compute: str = "float32"
     checkpointing: bool = False
     accumulate_on: str | None = None
@@ -131,15 +137,19 @@ class Objective:
 
     def loss(self, weights: Mapping[str, Tensor] | None = None, label: str = "calibration loss") -> float:
         """F at the given weights, or at w."""
+        losses = []
         with torch.no_grad(), moving_layers(self.layers, weights or self.start) as states:
-            for state in states.values():
-                state.t = 1.0
-            losses = [float(self._sequence_loss(row)) for row in track(self.tokens, label, total=len(self.tokens))]
+            for row in track(self.tokens, label, total=len(self.tokens)):
+                teacher = self._teacher(row, states)
+                for state in states.values():
+                    state.t = 1.0
+                losses.append(float(self._sequence_loss(row, teacher)))
         return float(np.mean(losses))
 
     def gradients(self, label: str = "gradients of the original") -> GradientMoments:
         """First and second moments of the gradient at w: one forward and backward pass a sequence."""
-        return self._moments(self.start, [(0.0, 1.0)], squares=True, label=label)
+        # against the model's own predictions they would all be zero
+        return replace(self, labels="text")._moments(self.start, [(0.0, 1.0)], squares=True, label=label)
 
     def integrate(
         self,
@@ -165,7 +175,7 @@ class Objective:
         path = list(zip(*quadrature(rule, nodes), strict=True))
 
         def key() -> str:
-            settings = {"path": path, "squares": squares, "compute": self.compute}
+            settings = {"path": path, "squares": squares, "labels": self.labels, "compute": self.compute}
             return fingerprint(self.model.state_dict(), end, self.tokens, **settings)
 
         device = torch.device(self.accumulate_on or self.device)
@@ -179,23 +189,26 @@ class Objective:
     ) -> GradientMoments:
         device = torch.device(self.accumulate_on or self.device)
         count = len(self.tokens)
-        # a sequence walks the whole path before the next one starts: its path-averaged gradient is what gets squared
-        steps = [(row, t, a) for row in self.tokens for t, a in path]
+        ticks = iter(track(range(count * len(path)), label, total=count * len(path)))
         with moving_layers(self.layers, end) as states, self._training():
             gradient = {name: torch.zeros(s.start.shape, device=device) for name, s in states.items()}
             square = {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {}
             for name, state in states.items():
                 state.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]
-            for number, (row, t, a) in enumerate(track(steps, label, total=len(steps)), start=1):
-                for state in states.values():
-                    state.t, state.share = t, a if squares else a / count
-                self._sequence_loss(row).backward()
-                if squares and number % len(path) == 0:
-                    for name, state in states.items():
-                        assert state.gradient is not None
-                        gradient[name].add_(state.gradient, alpha=1 / count)
-                        square[name].addcmul_(state.gradient, state.gradient, value=1 / count)
-                        state.gradient.zero_()
+            # each sequence walks the whole path before the next: its path-averaged gradient is what gets squared
+            for row in self.tokens:
+                teacher = self._teacher(row, states)
+                for t, a in path:
+                    next(ticks)
+                    for state in states.values():
+                        state.t, state.share = t, a if squares else a / count
+                    self._sequence_loss(row, teacher).backward()
+                for name, state in states.items() if squares else ():
+                    assert state.gradient is not None
+                    gradient[name].add_(state.gradient, alpha=1 / count)
+                    square[name].addcmul_(state.gradient, state.gradient, value=1 / count)
+                    state.gradient.zero_()
+            next(ticks, None)  # ends the bar
         return GradientMoments(gradient, square)
 
     def log_probabilities(self, tokens: Tensor) -> Tensor:
@@ -206,9 +219,21 @@ class Objective:
             logits = self.model(tokens[None]).logits[0, :-1]
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def _sequence_loss(self, tokens: Tensor) -> Tensor:
-        """Mean next-token cross-entropy of one sequence, int64 ``[seq_len]``."""
-        return nn.functional.nll_loss(self.log_probabilities(tokens), tokens[1:].to(self.device))
+    def _teacher(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor | None:
+        """The predictions at w, if they are the labels."""
+        if self.labels == "text":
+            return None
+        for state in states.values():
+            state.t = 0.0
+        with torch.no_grad():
+            return self.log_probabilities(tokens)
+
+    def _sequence_loss(self, tokens: Tensor, teacher: Tensor | None) -> Tensor:
+        """F of one sequence, int64 ``[seq_len]``."""
+        predicted = self.log_probabilities(tokens)
+        if teacher is None:
+            return nn.functional.nll_loss(predicted, tokens[1:].to(self.device))
+        return nn.functional.kl_div(predicted, teacher, reduction="batchmean", log_target=True)
 
     @contextmanager
     def _training(self) -> Iterator[None]:

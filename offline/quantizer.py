@@ -1,4 +1,4 @@
-"""A model's layers and what is known about them, quantized by one base at the width of each."""
+"""A model's layers and what is known about them, quantized by one base at the precision of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 from .bases import Base, DenseLayer, LayerData
 from .pqi import GradientMoments
 from .progress import track
-from .recipe import Recipe
+from .recipe import Precision, Recipe
 from .statistics import InputStatistics
 
 __all__ = ["Dense", "LayerQuantizer", "Masks"]
@@ -27,18 +27,18 @@ class LayerQuantizer:
         weights: w by layer, float32 ``[out_features, in_features]``.
         inputs: statistics of the inputs, of layers for which they were collected.
         start: moments of the gradients at w, if they were collected.
-        bits: width of every layer; may be changed between calls.
+        precision: of every layer; may be changed between calls.
     """
 
     recipe: Recipe
     weights: Mapping[str, Tensor]
     inputs: Mapping[str, InputStatistics]
     start: GradientMoments | None
-    bits: dict[str, int] = field(init=False)
-    _pool: dict[tuple[str, int], DenseLayer] = field(default_factory=dict, repr=False)
+    precision: dict[str, Precision] = field(init=False)
+    _pool: dict[tuple[str, Precision], DenseLayer] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.bits = dict.fromkeys(self.weights, self.recipe.bits)
+        self.precision = dict.fromkeys(self.weights, self.recipe.precision)
 
     def quantize(self, removed: Masks | None, label: str) -> Dense:
         """Quantize every layer.
@@ -51,7 +51,7 @@ class LayerQuantizer:
         dense = {}
         for name in track(self.weights, label, total=len(self.weights)):
             if removed is None:
-                key = name, self.bits[name]
+                key = name, self.precision[name]
                 if key not in self._pool:
                     self._pool[key] = self._base(name).quantize(self._layer(name))
                 dense[name] = self._pool[key]
@@ -89,7 +89,7 @@ class LayerQuantizer:
         return float(error.square().sum(dtype=torch.float64))
 
     def _base(self, name: str) -> Base:
-        return self.recipe.make_base(self.bits[name])
+        return self.recipe.make_base(self.precision[name])
 
     def _layer(self, name: str) -> LayerData:
         fisher = self.start.square[name] if self.start is not None else None

@@ -1,16 +1,30 @@
 """What to do to a model: every choice of a conversion, checked before anything is loaded."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .bases import BASES, Base
 from .metrics import METRICS
-from .pqi import COMPUTE_DTYPES, QUADRATURES, quadrature
+from .pqi import COMPUTE_DTYPES, LABELS, QUADRATURES, quadrature
 
-__all__ = ["OUTLIER_RULES", "Recipe", "RecipeError"]
+__all__ = ["OUTLIER_RULES", "Precision", "Recipe", "RecipeError"]
 
 OUTLIER_RULES = ("magnitude", "range", "base")
 _MAX_SHARE = 0.1
+_GROUP_SIZES = (32, 64, 128)  # to choose from under a target
+
+
+class Precision(NamedTuple):
+    """What may differ from layer to layer.
+
+    Attributes:
+        bits: width of a code.
+        target_size: the same as bytes of all weights of the checkpoint, quantized or not.
+        group_size: input features that share a scale; of no meaning to bases without groups.
+    """
+
+    bits: int
+    group_size: int
 
 
 class RecipeError(ValueError):
@@ -24,12 +38,14 @@ class Recipe:
     Attributes:
         base: dense quantizer, a key of ``BASES``.
         bits: width of a code.
-        target_bpw: stored bits a weight, everything counted; each layer's width is then chosen and ``bits`` not used.
+        target_bpw: stored bits a weight, everything counted; the width of each layer, the size of its groups and the
+            share of sparse weights are then chosen, and ``bits`` and ``group_size`` not used.
+        target_size: the same as bytes of all weights of the checkpoint, quantized or not.
         group_size: input features that share a scale, for bases with groups.
         state_bits: of the trellis, for qtip: a bit more halves the gap to the best code and doubles the time.
         outliers: r_o, share of all quantized weights removed before the dense part is fitted. None, which only a
-            caller can give, becomes the base's usual share.
-        significant: r_s, share detached after it; likewise.
+            caller can give, becomes the base's usual share; under a target it becomes 0.
+        significant: r_s, share detached after it; likewise, but under a target None leaves the share to be chosen.
         rounds: steps in which r_s is spent (r_s / β).
         metric: ranks significant weights and layers, a key of ``METRICS``; with "random" outliers are random too.
         outlier_rule: how outliers are found inside a layer: largest "magnitude"; largest reduction of the "range" of
@@ -37,6 +53,9 @@ class Recipe:
         refit: quantize the dense part anew around the detached weights, and keep it if the calibration loss falls.
         tune_epochs: passes over the calibration set in which scales, tables and norms are tuned at the end.
         quadrature, nodes: how the path is integrated.
+        labels: what F measures, a key of ``LABELS``.
+        path_samples: calibration sequences that losses and path integrals look at; None for all. The cheaper
+            statistics and tuning look at all of them.
         compute: precision of the gradients, a key of ``COMPUTE_DTYPES``.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
@@ -46,10 +65,11 @@ class Recipe:
     base: str = "squeezellm"
     bits: int = 4
     target_bpw: float | None = None
+    target_size: int | None = None
     group_size: int = 64
     state_bits: int = 12
     outliers: float = None  # type: ignore[assignment]
-    significant: float = None  # type: ignore[assignment]
+    significant: float | None = None
     rounds: int = 2
     metric: str = "pqi"
     outlier_rule: str = "magnitude"
@@ -57,6 +77,8 @@ class Recipe:
     tune_epochs: int = 0
     quadrature: str = "gauss"
     nodes: int = 4
+    labels: str = "text"
+    path_samples: int | None = None
     compute: str = "float32"
     lm_head_bits: int = 16
     num_samples: int = 32
@@ -73,16 +95,19 @@ class Recipe:
             raise RecipeError(f"--group-size {self.group_size}: must be a multiple of 32, at most 65536")
         if not 8 <= self.state_bits <= 16:
             raise RecipeError(f"--state-bits {self.state_bits}: must lie between 8 and 16")
-        for name, usual in zip(("outliers", "significant"), base.usual_shares, strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, usual)
+        self._resolve_shares(base)
         for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
-            if not 0 <= share <= _MAX_SHARE:
+            if share is not None and not 0 <= share <= _MAX_SHARE:
                 raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")
         if self.target_bpw is not None and not min(base.bits) <= self.target_bpw <= max(base.bits) + 1:
             raise RecipeError(
                 f"--target-bpw {self.target_bpw:g}: {self.base} reaches from {min(base.bits)} to about {max(base.bits)}"
             )
+        if self.target_bpw is not None and self.target_size is not None:
+            raise RecipeError("--target-size: --target-bpw is given too; choose one of them")
+        if self.has_target and (self.outliers or self.outlier_rule == "base"):
+            flag = "--outliers" if self.outliers else "--outlier-rule base"
+            raise RecipeError(f"{flag}: under a target the sparse part is chosen, or --significant is its share")
         if self.metric not in METRICS:
             raise RecipeError(f"--metric {self.metric}: choose one of {', '.join(METRICS)}")
         if self.outlier_rule not in OUTLIER_RULES:
@@ -91,14 +116,17 @@ class Recipe:
             raise RecipeError(f"--outlier-rule base: {self.base} has no rule of its own for sparse weights")
         if self.quadrature not in QUADRATURES:
             raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
+        if self.labels not in LABELS:
+            raise RecipeError(f"--labels {self.labels}: choose one of {', '.join(LABELS)}")
         if self.compute not in COMPUTE_DTYPES:
             raise RecipeError(f"--compute {self.compute}: choose one of {', '.join(COMPUTE_DTYPES)}")
         for flag, value in (
             ("--nodes", self.nodes),
             ("--num-samples", self.num_samples),
             ("--rounds", self.rounds),
+            ("--path-samples", self.path_samples),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise RecipeError(f"{flag} {value}: must be at least 1")
         if self.seq_len < 2:
             raise RecipeError(f"--seq-len {self.seq_len}: must be at least 2")
@@ -111,27 +139,51 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(f"--nodes {self.nodes}: {error}") from None
 
-    def make_base(self, bits: int | None = None) -> Base:
-        """The base, at another width than the recipe's if one is given."""
-        base = BASES[self.base]
-        return base(bits or self.bits, **{option: getattr(self, option) for option in base.options})
+    def _resolve_shares(self, base: type[Base]) -> None:
+        outliers, significant = base.usual_shares
+        if self.outliers is None:
+            object.__setattr__(self, "outliers", 0.0 if self.has_target else outliers)
+        if self.significant is None and not self.has_target:
+            object.__setattr__(self, "significant", significant)
 
     @property
-    def typical_bits(self) -> int:
-        """The width, or with a target the largest below it: what scales for the whole model are fitted to."""
-        if self.target_bpw is None:
-            return self.bits
-        return max((bits for bits in BASES[self.base].bits if bits <= self.target_bpw), default=self.bits)
+    def has_target(self) -> bool:
+        """Whether a size is given and precisions are chosen."""
+        return self.target_bpw is not None or self.target_size is not None
+
+    def make_base(self, precision: Precision | None = None) -> Base:
+        """The base, at another precision than the recipe's if one is given."""
+        base, options = BASES[self.base], asdict(self)
+        bits, options["group_size"] = precision or self.precision
+        return base(bits, **{option: options[option] for option in base.options})
+
+    @property
+    def precision(self) -> Precision:
+        """That of every layer, or with a target a typical one: what scales for the whole model are fitted to."""
+        bits = self.bits
+        if self.target_bpw is not None:
+            bits = max((bits for bits in BASES[self.base].bits if bits <= self.target_bpw), default=bits)
+        return Precision(bits, self.group_size)
+
+    @property
+    def precisions(self) -> list[Precision]:
+        """What a layer may get under a target: widths up to those next to it, with every size of groups."""
+        assert self.target_bpw is not None
+        base = BASES[self.base]
+        target = self.target_bpw
+        near = [bits for bits in base.bits if bits < target + 2 or (bits == 8 and target > 4)]
+        sizes = _GROUP_SIZES if "group_size" in base.options else (self.group_size,)
+        return [Precision(bits, size) for bits in near for size in sizes]
 
     @property
     def ranks(self) -> bool:
         """Whether the metric is asked at all."""
-        return self.outlier_rule != "base" and (self.outliers > 0 or self.significant > 0)
+        return self.outlier_rule != "base" and (self.outliers > 0 or self.significant != 0)
 
     @property
     def refits(self) -> bool:
         """Whether the dense part is quantized anew around the sparse one."""
-        return self.refit and self.ranks and BASES[self.base].can_refit
+        return self.refit and (self.ranks or self.has_target) and BASES[self.base].can_refit
 
     @property
     def needs_start(self) -> bool:
@@ -144,7 +196,7 @@ class Recipe:
         chooses = self.ranks and self.metric != "random" and (METRICS[self.metric].needs_path or self.outliers > 0)
         base = BASES[self.base]
         needs = base.needs | (base.refit_needs if self.refits else frozenset())
-        return bool(needs) or self.needs_start or chooses or self.target_bpw is not None or self.tune_epochs > 0
+        return bool(needs) or self.needs_start or chooses or self.has_target or self.tune_epochs > 0
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

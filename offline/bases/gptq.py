@@ -5,8 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .base import DenseLayer, LayerData, Need
-from .feedback import compensate
-from .uniform import UniformBase, column_groups, diagonal_loss, searched_grid, to_layer
+from .uniform import UniformBase, diagonal_loss, searched_grid
 
 __all__ = ["Gptq"]
 
@@ -20,16 +19,7 @@ class Gptq(UniformBase):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
 
     def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
-        weight, hessian = layer.weight, layer.require_inputs().hessian
-        grid = searched_grid(weight, self.group_size, self.width, diagonal_loss(hessian, self.group_size), removed)
-        group = column_groups(weight.shape[1], self.group_size, weight.device)
-        wide = grid.columns(group)
-        by_column = [part.t().contiguous() for part in (wide.scales, wide.zeros)]
-
-        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            scale, zero = (part[column] for part in by_column)
-            codes = (values / scale).round_().add_(zero).clamp_(0, grid.largest)
-            return codes, (codes - zero).mul_(scale)
-
-        codes = compensate(weight, hessian, nearest, exact=removed)
-        return to_layer(self.spec(*weight.shape[::-1]), codes, grid)
+        loss = diagonal_loss(layer.require_inputs().hessian, self.group_size)
+        return self.with_feedback(
+            layer, searched_grid(layer.weight, self.group_size, self.width, loss, removed), removed
+        )

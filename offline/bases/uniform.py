@@ -9,7 +9,8 @@ from torch import Tensor
 from vllm_requant.format import UniformSpec
 from vllm_requant.kernels.bitstream import pack_codes
 
-from .base import Base, DenseLayer
+from .base import Base, DenseLayer, LayerData, Need
+from .feedback import compensate
 
 __all__ = [
     "SMALLEST_SCALE",
@@ -41,6 +42,7 @@ class UniformBase(Base):
 
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
     options: ClassVar[tuple[str, ...]] = ("group_size",)
+    refit_needs: ClassVar[frozenset[Need]] = frozenset({Need.INPUTS})
 
     def __init__(self, bits: int, group_size: int) -> None:
         super().__init__(bits)
@@ -53,6 +55,27 @@ class UniformBase(Base):
             in_features=in_features,
             out_features=out_features,
         )
+
+    def refit(self, layer: LayerData, dense: DenseLayer, removed: Tensor) -> DenseLayer:
+        """Ranges searched around the sparse part, and codes with error feedback that knows its positions."""
+        loss = block_loss(layer.require_inputs().hessian, self.group_size)
+        return self.with_feedback(
+            layer, searched_grid(layer.weight, self.group_size, self.width, loss, removed), removed
+        )
+
+    def with_feedback(self, layer: LayerData, grid: "Grid", removed: Tensor | None) -> DenseLayer:
+        """A layer whose codes on a given grid are chosen with error feedback."""
+        weight = layer.weight
+        wide = grid.columns(column_groups(weight.shape[1], self.group_size, weight.device))
+        by_column = [part.t().contiguous() for part in (wide.scales, wide.zeros)]
+
+        def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            scale, zero = (part[column] for part in by_column)
+            codes = (values / scale).round_().add_(zero).clamp_(0, grid.largest)
+            return codes, (codes - zero).mul_(scale)
+
+        codes = compensate(weight, layer.require_inputs().hessian, nearest, exact=removed)
+        return to_layer(self.spec(*weight.shape[::-1]), codes, grid)
 
 
 class Grid(NamedTuple):

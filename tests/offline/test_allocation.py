@@ -3,10 +3,11 @@
 import itertools
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_requant.offline.allocation import allocate, lower_hull
+from vllm_requant.offline.allocation import allocate, lower_hull, sparse_counts
 
 
 def test_hull_drops_what_no_price_would_choose() -> None:
@@ -53,3 +54,16 @@ def test_near_the_best_of_all(data: st.DataObject) -> None:
     best = min(total(cost, choice) for choice in everything if total(size, choice) <= budget + 1e-9)
     largest_step = max(cost[name][2] - cost[name][3] for name in names)
     assert total(cost, chosen) <= best + largest_step + 1e-12
+
+
+def test_a_layer_pays_for_its_pointers_before_it_detaches() -> None:
+    scores = {"a": torch.tensor([10.0, 9.0, 1.0]), "b": torch.tensor([5.0, 4.0]), "c": torch.tensor([])}
+    fixed = {"a": 100.0, "b": 100.0, "c": 100.0}
+    assert sparse_counts(scores, fixed, 32.0, 1e6) == {"a": 3, "b": 2, "c": 0}
+    # both layers' pointers would leave room for one element only
+    assert sparse_counts(scores, fixed, 32.0, 240.0) == {"a": 3, "b": 0, "c": 0}
+    assert sparse_counts(scores, fixed, 32.0, 170.0) == {"a": 2, "b": 0, "c": 0}
+    assert sparse_counts(scores, fixed, 32.0, 100.0) == {"a": 0, "b": 0, "c": 0}
+    free = dict.fromkeys(scores, 0.0)
+    assert sparse_counts(scores, free, 32.0, 96.0) == {"a": 2, "b": 1, "c": 0}
+    assert sparse_counts(scores, free, 32.0, -5.0) == {"a": 0, "b": 0, "c": 0}

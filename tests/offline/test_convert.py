@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import tiny
 from vllm_requant import hf
@@ -99,20 +100,54 @@ def test_detaching_lowers_the_calibration_loss(tmp_path: Path) -> None:
         assert loss[metric] < loss["random"], loss
 
 
-@pytest.mark.parametrize("base", ["qtip", "gptq", "squeezellm", "rtn", "awq"])
-def test_target_is_met_with_widths_that_pay(tmp_path: Path, base: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "significant", "labels"),
+    [
+        ("qtip", None, "model"),
+        ("qtip", 0.0, "text"),
+        ("gptq", 0.004, "text"),
+        ("squeezellm", None, "text"),
+        ("rtn", None, "model"),
+        ("awq", 0.004, "model"),
+    ],
+)
+def test_target_is_met_with_precision_where_it_pays(
+    tmp_path: Path, base: str, significant: float | None, labels: str
+) -> None:
     source = tiny.save(tmp_path / "in")
     # tables and scales weigh heavily in layers this small
     target = {"qtip": 2.9, "squeezellm": 4.6}.get(base, 3.9)
-    choices = {"base": base, "outliers": 0.0, "significant": 0.004, "group_size": 64}
+    choices = {"base": base, "outliers": None, "significant": significant, "labels": labels}
     _, conversion = _convert(source, tmp_path / "out", target_bpw=target, **choices)
     checkpoint = Checkpoint(tmp_path / "out")
     assert target - 0.3 < checkpoint.config.bits_per_weight <= target
     allocation = conversion.report["allocation"]
-    widths = {layer.spec.bits for layer in conversion.layers.values()}
-    assert widths == set(allocation["bits"].values())
-    chosen = "allocated" if len(widths) > 1 else min(allocation["losses"], key=allocation["losses"].get)
-    assert allocation["losses"][chosen] == min(allocation["losses"].values())
+    chosen = {name: precision["bits"] for name, precision in allocation["precision"].items()}
+    assert chosen == {name: layer.spec.bits for name, layer in conversion.layers.items()}
+    # never worse than one precision for all layers at the same size
+    loss = {candidate["what"]: candidate["calibration_loss"] for candidate in allocation["candidates"]}
+    best = min(loss.values())
+    assert best <= loss["one precision"]
+    assert conversion.report["calibration_loss"] <= best + 1e-3
+    if significant:
+        share = checkpoint.config.nnz / checkpoint.config.numel
+        assert share == pytest.approx(significant, rel=0.02)
+
+
+def test_a_size_of_the_checkpoint_is_met(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "in")
+    _convert(source, tmp_path / "uniform", base="gptq", bits=3, outliers=0.0, significant=0.0)
+
+    def stored(folder: Path) -> int:
+        return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+
+    wanted = stored(tmp_path / "uniform")
+    _convert(source, tmp_path / "out", base="gptq", target_size=wanted, outliers=None, significant=None)
+    assert 0.97 * wanted < stored(tmp_path / "out") <= wanted
+    with pytest.raises(RecipeError, match=r"too small: squeezellm takes at least"):
+        plan(skeleton(str(source)), Recipe(target_bpw=2.05))
+    with pytest.raises(RecipeError, match=r"--target-size 50000: \d+ bytes are not quantized"):
+        plan(skeleton(str(source)), Recipe(target_size=50000))
 
 
 @pytest.mark.parametrize("base", ["qtip", "gptq", "squeezellm"])
@@ -241,6 +276,11 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"compute": "int8"}, "--compute"),
         ({"target_bpw": 1.5}, "--target-bpw"),
         ({"target_bpw": 6.0}, "--target-bpw"),
+        ({"target_bpw": 3.0, "target_size": 1000}, "--target-size"),
+        ({"target_bpw": 3.0, "outliers": 0.001}, "--outliers"),
+        ({"target_bpw": 3.0, "outlier_rule": "base"}, "--outlier-rule"),
+        ({"labels": "both"}, "--labels"),
+        ({"path_samples": 0}, "--path-samples"),
         ({"nodes": 1, "quadrature": "uniform"}, "--nodes"),
         ({"lm_head_bits": 3}, "--lm-head-bits"),
         ({"num_samples": 0}, "--num-samples"),

@@ -72,6 +72,25 @@ def test_signed_sum_predicts_the_change_of_loss(setting) -> None:  # type: ignor
     assert abs(sum(first_order.predicted().values()) - actual) / abs(actual) > error[8]
 
 
+def test_divergence_from_the_original_is_predicted_too(setting) -> None:  # type: ignore[no-untyped-def]
+    model, layers, quantized, tokens = setting
+    objective = pqi.Objective(model, layers, tokens, labels="model")
+    assert objective.loss() == pytest.approx(0, abs=1e-7)
+    actual = objective.loss(quantized)
+    # by its definition, the long way
+    original = torch.log_softmax(model(tokens).logits[:, :-1], -1)
+    for name, layer in layers.items():
+        layer.weight.data, quantized[name] = quantized[name], layer.weight.data
+    moved = torch.log_softmax(model(tokens).logits[:, :-1], -1)
+    for name, layer in layers.items():
+        layer.weight.data, quantized[name] = quantized[name], layer.weight.data
+    assert actual == pytest.approx(float((original.exp() * (original - moved)).sum(-1).mean()), rel=1e-4)
+    share = objective.integrate(quantized, nodes=8).predicted()
+    assert sum(share.values()) == pytest.approx(actual, rel=5e-3)
+    # the gradient vanishes at w; moments there are the text's all the same
+    assert float(max(square.max() for square in objective.gradients().square.values())) > 1e-6
+
+
 def _gradient(model, layer, weights, row):  # type: ignore[no-untyped-def]
     """One gradient of one sequence, the long way."""
     layers = find_layers(model)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import command_errors, print_json, set_up_logging, share
+from .output import byte_size, command_errors, print_json, set_up_logging, share
 
 if TYPE_CHECKING:
     from ..format import LayerSpec
@@ -26,6 +26,12 @@ def command(
     target_bpw: Annotated[
         float | None, typer.Option(help="Stored bits a weight, all included: chooses each layer's width.")
     ] = None,
+    target_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=byte_size, metavar="SIZE", help="The same as size of the checkpoint's weights: 90MB, 1.5GiB."
+        ),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, gptq, awq, and the head).")] = 64,
     state_bits: Annotated[int, typer.Option(help="Width of a trellis state (qtip): 12 is fast, 16 is best.")] = 12,
     outliers: Annotated[
@@ -34,7 +40,9 @@ def command(
     ] = None,
     significant: Annotated[
         float | None,
-        typer.Option(parser=share, metavar="SHARE", help="Significant weights detached after it [0.05%]."),
+        typer.Option(
+            parser=share, metavar="SHARE", help="Significant weights detached after it [0.05%; chosen under a target]."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached.")] = 2,
     metric: Annotated[
@@ -56,6 +64,12 @@ def command(
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     quadrature: Annotated[str, typer.Option(help="Rule of the path integral: gauss, midpoint, uniform.")] = "gauss",
     nodes: Annotated[int, typer.Option(help="Gradient evaluations on the path.")] = 4,
+    labels: Annotated[
+        str, typer.Option(help="What the loss compares with: the text's next tokens, or the model's predictions.")
+    ] = "text",
+    path_samples: Annotated[
+        int | None, typer.Option(help="Sequences that losses and path integrals look at [all].")
+    ] = None,
     compute: Annotated[
         str, typer.Option(help="Precision of the gradients: float32, or bfloat16 (faster).")
     ] = "float32",
@@ -81,10 +95,11 @@ def command(
             base=base,
             bits=bits,
             target_bpw=target_bpw,
+            target_size=target_size,
             group_size=group_size,
             state_bits=state_bits,
             outliers=outliers,  # type: ignore[arg-type]
-            significant=significant,  # type: ignore[arg-type]
+            significant=significant,
             rounds=rounds,
             metric=metric,
             outlier_rule=outlier_rule,
@@ -92,6 +107,8 @@ def command(
             tune_epochs=tune_epochs,
             quadrature=quadrature,
             nodes=nodes,
+            labels=labels,
+            path_samples=path_samples,
             compute=compute,
             lm_head_bits=lm_head_bits,
             num_samples=num_samples,
@@ -106,7 +123,7 @@ def command(
             check_dataset(calibration_dataset)
         planned = _describe_plan(plan(skeleton(model, revision=revision), recipe))
         if dry_run:
-            _show(planned | {"dry_run": True, "model": model, "target_bpw": target_bpw}, as_json)
+            _show(planned | {"dry_run": True, "model": model, "has_target": recipe.has_target}, as_json)
             return
         result = _convert(
             model,
@@ -186,8 +203,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     typer.echo(f"{result['layers']} layers at {result['bits_per_weight']:.3f} bits per weight,", nl=False)
     typer.echo(f" {result['nnz']} sparse elements, {result['quantized_bytes'] / 2**20:.1f} MiB")
     if "dry_run" in result:
-        if result["target_bpw"] is not None:
-            typer.echo(f"each layer's width will be chosen, up to {result['target_bpw']:g} bits per weight in all")
+        if result["has_target"]:
+            typer.echo("each layer's precision and the sparse part will be chosen, up to the target")
         typer.echo("dry run: nothing was written")
         return
     for integral in result["integrals"]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,13 @@ import typer
 
 from ..format import ReQuantFormatError
 
-__all__ = ["command_errors", "print_json", "set_up_logging", "share"]
+__all__ = ["byte_size", "command_errors", "print_json", "set_up_logging", "share"]
 
+_UNITS = {"": 1} | {
+    f"{prefix}{suffix}B": base ** (power + 1)
+    for suffix, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate("KMGT")
+}
 _BROKEN_TORCHVISION = "torchvision::nms"
 
 
@@ -40,6 +46,15 @@ def share(text: str) -> float:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a share; write 0.45% or 0.0045") from None
+
+
+def byte_size(text: str) -> int:
+    """Parse ``90MB``, ``1.5GiB`` or a plain number of bytes."""
+    match = re.fullmatch(r"([0-9.]+) ?([A-Za-z]*)", text.strip())
+    try:
+        return int(float(match[1]) * _UNITS[match[2]]) if match else int(text)
+    except (ValueError, KeyError):
+        raise typer.BadParameter(f"{text!r} is not a size; write 90MB, 1.5GiB or a number of bytes") from None
 
 
 @contextmanager

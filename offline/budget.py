@@ -1,0 +1,230 @@
+"""A size is given: precision of every layer and sparse share are chosen together.
+
+One path integral splits ΔF over the layers exactly. Other precisions of a layer are scaled by the error that they make
+in the layer's output, which gives the cost of every option; a greedy allocation follows. What the sparse part takes is
+tried in steps, each with the allocation of the rest, and the calibration loss of the candidates decides, that of one
+precision for all layers among them. All of this is our own choice.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_requant.format import LayerSpec
+
+from . import outliers
+from .allocation import allocate, sparse_counts
+from .bases import BASES, DenseLayer
+from .measurements import Measurements
+from .pqi import PathIntegral
+from .quantizer import Dense, LayerQuantizer, Masks
+from .recipe import Precision, Recipe
+from .selection import Selection
+from .stages import Stages
+
+__all__ = ["BudgetSearch", "layer_sizes"]
+
+log = logging.getLogger(__name__)
+_SHARES = (0.0, 0.0005, 0.002, 0.005)
+_MAX_LAYER_SHARE = 0.1
+_OUTLIER_TAU = 0.5
+
+Precisions = dict[str, Precision]
+
+
+def layer_sizes(shapes: Mapping[str, torch.Size], recipe: Recipe) -> dict[str, dict[Precision, float]]:
+    """Stored bits of the dense part of every layer at every precision that a recipe with a target may choose.
+
+    Args:
+        shapes: ``[out_features, in_features]`` by layer.
+        recipe: with a target.
+    """
+    bases = {precision: recipe.make_base(precision) for precision in recipe.precisions}
+    return {
+        name: {precision: 8.0 * base.spec(shape[1], shape[0]).dense_nbytes for precision, base in bases.items()}
+        for name, shape in shapes.items()
+    }
+
+
+@dataclass
+class BudgetSearch:
+    """The search under a target.
+
+    Attributes:
+        recipe, quantizer, measurements, stages: of the conversion.
+    """
+
+    recipe: Recipe
+    quantizer: LayerQuantizer
+    measurements: Measurements
+    stages: Stages
+    dense: dict[Precision, Dense] = field(default_factory=dict)
+    error: dict[Precision, dict[str, float]] = field(default_factory=dict)
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    best: tuple[float, Precisions, Dense, Masks] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.recipe.target_bpw is not None
+        self.weights = self.quantizer.weights
+        self.numel = sum(weight.numel() for weight in self.weights.values())
+        self.budget = self.recipe.target_bpw * self.numel
+        self.size = layer_sizes({name: weight.shape for name, weight in self.weights.items()}, self.recipe)
+
+    def select(self) -> Selection:
+        """Run the search."""
+        for precision in self.recipe.precisions:
+            self.quantizer.precision = dict.fromkeys(self.weights, precision)
+            with self.stages.stage("quantize"):
+                self.dense[precision] = self.quantizer.quantize(None, f"quantizing, {_describe(precision)}")
+            self.error[precision] = {
+                name: self.quantizer.error(name, layer) for name, layer in self.dense[precision].items()
+            }
+        with self.stages.stage("allocation"):
+            given = self._sparse_shares()[0][0] * self.numel  # 0 if the share is to be chosen
+            fitting = [p for p in self.recipe.precisions if self._dense_bits(self._uniform(p)) + given <= self.budget]
+            smallest = min(self.recipe.precisions, key=lambda p: self._dense_bits(self._uniform(p)))
+            now = self._uniform(max(fitting, key=lambda p: self._dense_bits(self._uniform(p)), default=smallest))
+            for number in range(self.recipe.rounds):
+                path = self._integrate(now, f"budget, round {number + 1}")
+                if number == 0 and fitting:
+                    self._try(now, self.budget - self._dense_bits(now), path, "one precision")
+                costs = self._costs(now, path)
+                for share, label in self._sparse_shares():
+                    room = share * self.numel
+                    if share and room > self.budget - self._dense_bits(self._uniform(smallest)):
+                        continue
+                    chosen = allocate(self.size, costs, self.budget - room)
+                    left = self.budget - self._dense_bits(chosen) if share else 0.0
+                    self._try(chosen, left, path, label)
+                    if share and BASES[self.recipe.base].usual_shares[0] and self.recipe.significant is None:
+                        self._try(chosen, left, path, f"{label}, half of it outliers", outlier_part=0.5)
+                assert self.best is not None
+                now = self.best[1]
+                del path
+        assert self.best is not None
+        _, precisions, dense, masks = self.best
+        self.quantizer.precision = precisions
+        counts = Counter(_describe(precision) for precision in precisions.values())
+        log.info("%.3f bits per weight: layers by precision %s", self.recipe.target_bpw, dict(counts))
+        report = {
+            "allocation": {
+                "target_bpw": self.recipe.target_bpw,
+                "candidates": self.candidates,
+                "precision": {name: precision._asdict() for name, precision in precisions.items()},
+            }
+        }
+        return Selection(dense, masks, report)
+
+    def _sparse_shares(self) -> list[tuple[float, str]]:
+        """Bits a weight for the sparse part, and what to call them."""
+        if self.recipe.significant is not None:
+            sparse = self.recipe.significant
+            pointers = sum(self._pointer_bits(name) for name in self.weights) / self.numel if sparse else 0.0
+            return [(sparse * self._element_bits() + pointers, f"{sparse:.2%} sparse")]
+        return [(share * self._element_bits(), f"{share:.2%} sparse") for share in _SHARES]
+
+    # what an option costs -------------------------------------------------------------------------------------
+
+    def _uniform(self, precision: Precision) -> Precisions:
+        return dict.fromkeys(self.weights, precision)
+
+    def _dense_bits(self, precisions: Precisions) -> float:
+        return sum(self.size[name][precision] for name, precision in precisions.items())
+
+    def _spec(self, name: str, nnz: int) -> LayerSpec:
+        shape = self.weights[name].shape
+        return self.recipe.make_base().spec(shape[1], shape[0]).model_copy(update={"nnz": nnz})
+
+    def _pointer_bits(self, name: str) -> float:
+        return 8.0 * self._spec(name, 1).sparse_nbytes - self._element_bits()
+
+    def _element_bits(self) -> float:
+        name = max(self.weights, key=lambda name: self.weights[name].shape[1])
+        return 8.0 * (self._spec(name, 2).sparse_nbytes - self._spec(name, 1).sparse_nbytes)
+
+    def _integrate(self, precisions: Precisions, label: str) -> PathIntegral:
+        dense = self._pick(precisions)
+        return self.measurements.integrate(self.quantizer.restored(dense, self.quantizer.no_masks()), label)
+
+    def _costs(self, now: Precisions, path: PathIntegral) -> dict[str, dict[Precision, float]]:
+        predicted = path.predicted()
+        # single shares may come out negative by chance
+        least = 1e-3 * sum(abs(value) for value in predicted.values()) / len(predicted)
+        return {
+            name: {
+                precision: max(share, least) * self.error[precision][name] / max(self.error[now[name]][name], 1e-30)
+                for precision in self.recipe.precisions
+            }
+            for name, share in predicted.items()
+        }
+
+    # candidates -----------------------------------------------------------------------------------------------
+
+    def _pick(self, precisions: Precisions) -> dict[str, DenseLayer]:
+        return {name: self.dense[precision][name] for name, precision in precisions.items()}
+
+    def _try(
+        self, precisions: Precisions, room: float, path: PathIntegral, label: str, *, outlier_part: float = 0.0
+    ) -> None:
+        """Measure a candidate whose sparse part may take ``room`` bits."""
+        dense: Dense = self._pick(precisions)
+        masks = self.quantizer.no_masks()
+        if room > 0 and self.recipe.significant != 0:
+            scores = self.measurements.scores(self.quantizer.restored(dense, masks), label, path)
+            if outlier_part:
+                masks = self._outliers(scores, outlier_part * room)
+                self.quantizer.precision = precisions
+                dense = self.quantizer.quantize(masks, f"re-quantizing, {label}")
+                scores = self.measurements.scores(self.quantizer.restored(dense, masks), label, path)
+            masks = self._detach(scores, masks, room) if self.recipe.significant is None else self._detach_given(scores)
+            del scores
+        loss = self.measurements.loss(self.quantizer.restored(dense, masks), label)
+        nnz = sum(int(mask.sum()) for mask in masks.values())
+        log.info("candidate: %s, %d sparse weights: calibration loss %.5f", label, nnz, loss)
+        self.candidates.append({"what": label, "nnz": nnz, "calibration_loss": loss})
+        if self.best is None or loss < self.best[0]:
+            self.best = loss, precisions, dense, masks
+
+    def _outliers(self, scores: Mapping[str, Tensor], room: float) -> Masks:
+        numel = {name: weight.numel() for name, weight in self.weights.items()}
+        mean = {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
+        room -= sum(self._pointer_bits(name) for name in self.weights)
+        budget = max(int(room / self._element_bits()), 0)
+        return outliers.largest_magnitude(self.weights, outliers.adaptive_counts(mean, numel, budget, _OUTLIER_TAU))
+
+    def _detach_given(self, scores: Mapping[str, Tensor]) -> Masks:
+        """The share that the recipe gives, wherever the scores are highest."""
+        assert self.recipe.significant is not None
+        return outliers.top_over_layers(scores, round(self.recipe.significant * self.numel))
+
+    def _detach(self, scores: Mapping[str, Tensor], masks: Masks, room: float) -> Masks:
+        """Add the highest scores that fit, pointers of rows included."""
+        element = self._element_bits()
+        present = {name: int(mask.sum()) for name, mask in masks.items()}
+        paid = {name: self._pointer_bits(name) + count * element for name, count in present.items() if count}
+        room -= sum(paid.values())
+        ranked = {}
+        for name, score in scores.items():
+            most = min(int(_MAX_LAYER_SHARE * score.numel()), max(int(room / element), 0))
+            ranked[name] = torch.topk(score.masked_fill(masks[name], 0.0).flatten(), most)
+        counts = sparse_counts(
+            {name: top.values for name, top in ranked.items()},
+            {name: 0.0 if name in paid else self._pointer_bits(name) for name in scores},
+            element,
+            room,
+        )
+        result = {}
+        for name, mask in masks.items():
+            flat = mask.flatten().clone()
+            flat[ranked[name].indices[: counts[name]]] = True
+            result[name] = flat.view_as(mask)
+        return result
+
+
+def _describe(precision: Precision) -> str:
+    return f"{precision.bits} bit by {precision.group_size}"

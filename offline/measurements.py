@@ -1,0 +1,101 @@
+"""What a conversion measures on the calibration set: losses, path integrals, scores; and the record of them."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import MomentsCache
+from .metrics import METRICS, Sensitivity
+from .pqi import GradientMoments, Objective, PathIntegral
+from .recipe import Recipe
+
+__all__ = ["Measurements"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Measurements:
+    """Measurements of one conversion.
+
+    Attributes:
+        recipe: how to measure.
+        objective: F; None for a recipe that needs no calibration.
+        weights: w by layer, float32 ``[out_features, in_features]``.
+        start: moments of the gradients at w, if they were collected.
+        cache: where path integrals are kept.
+        loss_original: F at w; None without calibration.
+        integrals: for the report, in the order in which they were computed.
+    """
+
+    recipe: Recipe
+    objective: Objective | None
+    weights: Mapping[str, Tensor]
+    start: GradientMoments | None
+    cache: MomentsCache
+    loss_original: float | None
+    integrals: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.metric = METRICS[self.recipe.metric]
+        self._generator = torch.Generator().manual_seed(self.recipe.seed)
+
+    def loss(self, restored: Mapping[str, Tensor], label: str) -> float:
+        """F at quantized weights w̃, by layer."""
+        assert self.objective is not None
+        return self.objective.loss(restored, f"loss, {label}")
+
+    def integrate(self, restored: Mapping[str, Tensor], label: str) -> PathIntegral:
+        """Integrate from w to w̃, and hold the predicted ΔF against the actual one."""
+        assert self.objective is not None
+        assert self.loss_original is not None
+        integral = self.objective.integrate(
+            restored,
+            rule=self.recipe.quadrature,
+            nodes=self.recipe.nodes,
+            squares=self.metric.needs_squares or self.cache.enabled,
+            cache=self.cache,
+            label=f"integral, {label}",
+        )
+        loss = self.loss(restored, label)
+        share = integral.predicted()
+        predicted, actual = sum(share.values()), loss - self.loss_original
+        error = abs(predicted - actual) / abs(actual) if actual else float("nan")
+        log.info(
+            "integral, %s: ΔF predicted %.5f, actual %.5f, relative error %.3f %%",
+            label,
+            predicted,
+            actual,
+            100 * error,
+        )
+        self.integrals.append(
+            {
+                "stage": label,
+                "predicted": predicted,
+                "actual": actual,
+                "relative_error": error,
+                "predicted_by_layer": share,
+            }
+        )
+        return integral
+
+    def scores(self, restored: Mapping[str, Tensor], label: str, path: PathIntegral | None = None) -> dict[str, Tensor]:
+        """The recipe's metric of every weight for the step from w to w̃.
+
+        Args:
+            restored: w̃ by layer.
+            label: of the integral.
+            path: an integral to use; None computes that from w to w̃ if the metric looks at one.
+        """
+        if path is None and self.metric.needs_path:
+            path = self.integrate(restored, label)
+        return {
+            name: self.metric.score(
+                Sensitivity.of(name, weight, restored[name] - weight, self.start, path, self._generator)
+            )
+            for name, weight in self.weights.items()
+        }
