@@ -1,7 +1,8 @@
 """A size is given: precision of every layer and sparse share are chosen together.
 
-One path integral splits ΔF over the layers exactly. Other precisions of a layer are scaled by the error that they make
-in the layer's output, which gives the cost of every option; a greedy allocation follows. What the sparse part takes is
+The metric tells what every layer adds to the loss; a path integral splits ΔF over them exactly. Other precisions of a
+layer are scaled by the error that they make in its output, which gives the cost of every option; a greedy allocation
+follows. What the sparse part takes is
 tried in steps, each with the allocation of the rest, and the calibration loss of the candidates decides, that of one
 precision for all layers among them. All of this is our own choice.
 """
@@ -89,11 +90,15 @@ class BudgetSearch:
             fitting = [p for p in self.recipe.precisions if self._dense_bits(self._uniform(p)) + given <= self.budget]
             smallest = min(self.recipe.precisions, key=lambda p: self._dense_bits(self._uniform(p)))
             now = self._uniform(max(fitting, key=lambda p: self._dense_bits(self._uniform(p)), default=smallest))
-            for number in range(self.recipe.rounds):
-                path = self._integrate(now, f"budget, round {number + 1}")
+            # without a path there is nothing to learn from a second look
+            for number in range(self.recipe.rounds if self.measurements.metric.needs_path else 1):
+                restored = self.quantizer.restored(self._pick(now), self.quantizer.no_masks())
+                path = self.measurements.path(restored, f"budget, round {number + 1}")
+                shares = self.measurements.shares(restored, path)
+                del restored
                 if number == 0 and fitting:
                     self._try(now, self.budget - self._dense_bits(now), path, "one precision")
-                costs = self._costs(now, path)
+                costs = self._costs(now, shares)
                 for share, label in self._sparse_shares():
                     room = share * self.numel
                     if share and room > self.budget - self._dense_bits(self._uniform(smallest)):
@@ -147,20 +152,15 @@ class BudgetSearch:
         name = max(self.weights, key=lambda name: self.weights[name].shape[1])
         return 8.0 * (self._spec(name, 2).sparse_nbytes - self._spec(name, 1).sparse_nbytes)
 
-    def _integrate(self, precisions: Precisions, label: str) -> PathIntegral:
-        dense = self._pick(precisions)
-        return self.measurements.integrate(self.quantizer.restored(dense, self.quantizer.no_masks()), label)
-
-    def _costs(self, now: Precisions, path: PathIntegral) -> dict[str, dict[Precision, float]]:
-        predicted = path.predicted()
+    def _costs(self, now: Precisions, shares: Mapping[str, float]) -> dict[str, dict[Precision, float]]:
         # single shares may come out negative by chance
-        least = 1e-3 * sum(abs(value) for value in predicted.values()) / len(predicted)
+        least = 1e-3 * sum(abs(value) for value in shares.values()) / len(shares)
         return {
             name: {
                 precision: max(share, least) * self.error[precision][name] / max(self.error[now[name]][name], 1e-30)
                 for precision in self.recipe.precisions
             }
-            for name, share in predicted.items()
+            for name, share in shares.items()
         }
 
     # candidates -----------------------------------------------------------------------------------------------
@@ -169,18 +169,18 @@ class BudgetSearch:
         return {name: self.dense[precision][name] for name, precision in precisions.items()}
 
     def _try(
-        self, precisions: Precisions, room: float, path: PathIntegral, label: str, *, outlier_part: float = 0.0
+        self, precisions: Precisions, room: float, path: PathIntegral | None, label: str, *, outlier_part: float = 0.0
     ) -> None:
         """Measure a candidate whose sparse part may take ``room`` bits."""
         dense: Dense = self._pick(precisions)
         masks = self.quantizer.no_masks()
         if room > 0 and self.recipe.significant != 0:
-            scores = self.measurements.scores(self.quantizer.restored(dense, masks), label, path)
+            scores = self.measurements.scores(self.quantizer.restored(dense, masks), path)
             if outlier_part:
                 masks = self._outliers(scores, outlier_part * room)
                 self.quantizer.precision = precisions
                 dense = self.quantizer.quantize(masks, f"re-quantizing, {label}")
-                scores = self.measurements.scores(self.quantizer.restored(dense, masks), label, path)
+                scores = self.measurements.scores(self.quantizer.restored(dense, masks), path)
             masks = self._detach(scores, masks, room) if self.recipe.significant is None else self._detach_given(scores)
             del scores
         loss = self.measurements.loss(self.quantizer.restored(dense, masks), label)

@@ -1,4 +1,4 @@
-"""Path integrals kept on disk: ablations that differ in what comes after them need not compute them again.
+"""Costly results kept on disk: conversions that differ in what comes after them need not compute them again.
 
 The key is a fingerprint of everything that the result depends on, the weights' values included, so a stale entry
 cannot be taken for a valid one.
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["MomentsCache", "fingerprint"]
+__all__ = ["TensorCache", "fingerprint"]
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def fingerprint(*tensors: Tensor | Mapping[str, Tensor], **settings: object) -> 
     return digest.hexdigest()
 
 
-class MomentsCache:
+class TensorCache:
     """A folder of named tensors.
 
     Args:

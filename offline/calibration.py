@@ -44,7 +44,8 @@ class Calibration:
     def describe(self) -> dict[str, Any]:
         samples, seq_len = self.tokens.shape
         return {
-            "dataset": self.dataset,
+            # the last component of a path: where it lay is nobody else's business
+            "dataset": Path(self.dataset).name if Path(self.dataset).is_file() else self.dataset,
             "num_samples": samples,
             "seq_len": seq_len,
             "sha256": self.fingerprint,

@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import math
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from .calibration import SELF, CalibrationError, read_text
 from .progress import track
 
-__all__ = ["BUILTIN_DATASET", "EvaluationText", "compare", "evaluation_windows"]
+__all__ = ["BUILTIN_DATASET", "EvaluationText", "compare", "evaluation_windows", "predictions"]
 
 log = logging.getLogger(__name__)
 BUILTIN_DATASET = "python-docs"
@@ -74,28 +76,45 @@ def evaluation_windows(
 
 
 @torch.no_grad()
-def compare(model: Any, windows: Tensor, reference: Any | None = None) -> dict[str, float]:
-    """Score a model on windows, and hold it against a reference model where one is given.
+def predictions(model: Any, windows: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """What a model predicts, window by window.
 
     Args:
         model: a causal language model of transformers.
         windows: int64 ``[windows, seq_len]``.
-        reference: the original.
+        dtype: of the result.
+
+    Returns:
+        Log-probabilities ``[seq_len − 1, vocabulary]`` of each window.
+    """
+    device = next(model.parameters()).device
+    for row in windows:
+        yield torch.log_softmax(model(row[None].to(device)).logits[0, :-1].float(), dim=-1).to(dtype)
+
+
+def compare(
+    windows: Tensor, predicted: Iterable[Tensor], reference: Iterable[Tensor] | None = None
+) -> dict[str, float]:
+    """Score predictions, and hold them against those of a reference where there is one.
+
+    Args:
+        windows: int64 ``[windows, seq_len]``.
+        predicted: of a model, as :func:`predictions` gives them.
+        reference: of the original.
 
     Returns:
         ``perplexity``; with a reference also ``reference_perplexity``, ``kl_divergence`` (mean over tokens of
         KL(reference ‖ model), nats) and ``top1_agreement`` (share of positions with the same most likely token).
     """
     totals = {"nll": 0.0, "reference_nll": 0.0, "kl": 0.0, "agree": 0.0}
-    device = next(model.parameters()).device
-    for row in track(windows, "evaluating", total=len(windows)):
-        tokens = row[None].to(device)
-        target = tokens[0, 1:, None]
-        logp = torch.log_softmax(model(tokens).logits[0, :-1].float(), dim=-1)
+    references = repeat(None) if reference is None else reference
+    pairs = zip(windows, predicted, references, strict=False)
+    for row, logp, ref in track(pairs, "evaluating", total=len(windows)):
+        target = row[1:, None].to(logp.device)
         totals["nll"] -= float(logp.gather(1, target).double().sum())
-        if reference is None:
+        if ref is None:
             continue
-        ref = torch.log_softmax(reference(tokens).logits[0, :-1].float(), dim=-1)
+        ref = ref.float()
         totals["reference_nll"] -= float(ref.gather(1, target).double().sum())
         totals["kl"] += float((ref.exp() * (ref - logp)).sum(-1).double().sum())
         totals["agree"] += float((ref.argmax(-1) == logp.argmax(-1)).sum())

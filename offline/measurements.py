@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import MomentsCache
+from .cache import TensorCache
 from .metrics import METRICS, Sensitivity
 from .pqi import GradientMoments, Objective, PathIntegral
 from .recipe import Recipe
@@ -36,7 +36,7 @@ class Measurements:
     objective: Objective | None
     weights: Mapping[str, Tensor]
     start: GradientMoments | None
-    cache: MomentsCache
+    cache: TensorCache
     loss_original: float | None
     integrals: list[dict[str, Any]] = field(default_factory=list)
 
@@ -83,19 +83,19 @@ class Measurements:
         )
         return integral
 
-    def scores(self, restored: Mapping[str, Tensor], label: str, path: PathIntegral | None = None) -> dict[str, Tensor]:
-        """The recipe's metric of every weight for the step from w to w̃.
+    def sensitivity(self, name: str, restored: Mapping[str, Tensor], path: PathIntegral | None) -> Sensitivity:
+        """What the metrics look at in one layer."""
+        weight = self.weights[name]
+        return Sensitivity.of(name, weight, restored[name] - weight, self.start, path, self._generator)
 
-        Args:
-            restored: w̃ by layer.
-            label: of the integral.
-            path: an integral to use; None computes that from w to w̃ if the metric looks at one.
-        """
-        if path is None and self.metric.needs_path:
-            path = self.integrate(restored, label)
-        return {
-            name: self.metric.score(
-                Sensitivity.of(name, weight, restored[name] - weight, self.start, path, self._generator)
-            )
-            for name, weight in self.weights.items()
-        }
+    def path(self, restored: Mapping[str, Tensor], label: str) -> PathIntegral | None:
+        """The integral from w to w̃, if the recipe's metric looks at one."""
+        return self.integrate(restored, label) if self.metric.needs_path else None
+
+    def scores(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, Tensor]:
+        """The recipe's metric of every weight for the step from w to w̃."""
+        return {name: self.metric.score(self.sensitivity(name, restored, path)) for name in self.weights}
+
+    def shares(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, float]:
+        """The recipe's metric of every layer for the step from w to w̃."""
+        return {name: self.metric.share(self.sensitivity(name, restored, path)) for name in self.weights}

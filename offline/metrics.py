@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pqi import GradientMoments, PathIntegral
+from .pqi import GradientMoments, PathIntegral, signed_share
 
 __all__ = ["METRICS", "Metric", "Sensitivity"]
 
@@ -61,12 +61,14 @@ class Metric(NamedTuple):
 
     Attributes:
         score: non-negative, of every weight of a layer; comparable between layers.
+        share: what the layer as a whole adds to the loss, up to a factor common to all layers.
         needs_start: whether it looks at the gradients at w.
         needs_path: whether it looks at the path integral.
         needs_squares: whether it looks at the path's second moments.
     """
 
     score: Callable[[Sensitivity], Tensor]
+    share: Callable[[Sensitivity], float]
     needs_start: bool = False
     needs_path: bool = False
     needs_squares: bool = False
@@ -78,15 +80,43 @@ def _given(moment: Tensor | None) -> Tensor:
     return moment
 
 
+def _path_share(layer: Sensitivity) -> float:
+    """The layer's signed part of ΔF, which the integral splits exactly."""
+    return signed_share(_given(layer.path_gradient), layer.delta)
+
+
+def _pqi(layer: Sensitivity) -> Tensor:
+    return (layer.delta * _given(layer.path_gradient)).abs_()
+
+
+def _path_fisher(layer: Sensitivity) -> Tensor:
+    return layer.delta.square().mul_(_given(layer.path_square))
+
+
+def _fisher(layer: Sensitivity) -> Tensor:
+    return layer.delta.square().mul_(_given(layer.start_square))
+
+
+def _first_order(layer: Sensitivity) -> Tensor:
+    return (layer.delta * _given(layer.start_gradient)).abs_()
+
+
+def _total(score: Callable[[Sensitivity], Tensor]) -> Callable[[Sensitivity], float]:
+    return lambda layer: float(score(layer).sum(dtype=torch.float64))
+
+
 METRICS: dict[str, Metric] = {
     # arXiv 2503.01901: |Δ · path-averaged gradient|, averaged over the set before the absolute value
-    "pqi": Metric(lambda s: (s.delta * _given(s.path_gradient)).abs_(), needs_path=True),
+    "pqi": Metric(_pqi, _path_share, needs_path=True),
     # ours: PQI's path with Fisher's second moment, which over-fits a small calibration set less
-    "path-fisher": Metric(lambda s: s.delta.square().mul_(_given(s.path_square)), needs_path=True, needs_squares=True),
+    "path-fisher": Metric(_path_fisher, _path_share, needs_path=True, needs_squares=True),
     # the diagonal second-order estimate with the empirical Fisher information for the Hessian (SqueezeLLM)
-    "fisher": Metric(lambda s: s.delta.square().mul_(_given(s.start_square)), needs_start=True),
-    "first-order": Metric(lambda s: (s.delta * _given(s.start_gradient)).abs_(), needs_start=True),
-    # controls
-    "magnitude": Metric(lambda s: s.weight.abs()),
-    "random": Metric(lambda s: torch.rand(s.weight.shape, generator=s.generator).to(s.weight.device)),
+    "fisher": Metric(_fisher, _total(_fisher), needs_start=True),
+    "first-order": Metric(_first_order, _total(_first_order), needs_start=True),
+    # controls: what can be done without text, and what chance does
+    "magnitude": Metric(lambda s: s.weight.abs(), lambda s: float(s.delta.square().sum(dtype=torch.float64))),
+    "random": Metric(
+        lambda s: torch.rand(s.weight.shape, generator=s.generator).to(s.weight.device),
+        lambda s: float(torch.rand((), generator=s.generator)) * s.weight.numel(),
+    ),
 }

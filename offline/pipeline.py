@@ -21,7 +21,7 @@ from vllm_requant.format import LayerSpec, QuantizedLayer
 
 from .bases import Awq, LayerData, Need, Rtn
 from .budget import BudgetSearch, layer_sizes
-from .cache import MomentsCache
+from .cache import TensorCache
 from .folding import apply_fold, find_folds
 from .measurements import Measurements
 from .models import CausalLM, ModelError, find_layers, head_module, other_weights
@@ -119,11 +119,12 @@ def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path 
             rounding; tuning changes its norms; the weights of its layers are otherwise left as they are.
         recipe: what to do.
         tokens: int64 ``[num_samples, seq_len]``; None only if the recipe needs no calibration.
-        cache: folder in which path integrals are kept, so that conversions that differ elsewhere share them.
+        cache: folder in which statistics, quantized layers and path integrals are kept, so that conversions that
+            differ elsewhere share them.
     """
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
-    return _Run(lm, _with_target(lm.model, recipe), tokens, MomentsCache(cache)).convert()
+    return _Run(lm, _with_target(lm.model, recipe), tokens, TensorCache(cache)).convert()
 
 
 @dataclass
@@ -133,7 +134,7 @@ class _Run:
     lm: CausalLM
     recipe: Recipe
     tokens: Tensor | None
-    cache: MomentsCache
+    cache: TensorCache
     stages: Stages = field(default_factory=Stages)
     report: dict[str, Any] = field(default_factory=lambda: {"refit": None, "tuning": None})
 
@@ -158,7 +159,7 @@ class _Run:
         start = self._measure()
         # after folding: from here on the rescaled weights are the original
         self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
-        self.quantizer = LayerQuantizer(self.recipe, self.weights, self.inputs, start)
+        self.quantizer = LayerQuantizer(self.recipe, self.weights, self.inputs, start, self.cache)
         self.measurements = Measurements(self.recipe, self.objective, self.weights, start, self.cache, loss_original)
         selection = self._select()
         self.report |= selection.report
@@ -204,7 +205,7 @@ class _Run:
         if Need.INPUTS in needs:
             assert self.tokens is not None
             with self.stages.stage("inputs"):
-                self.inputs = input_statistics(self.model, self.layers, self.tokens)
+                self.inputs = input_statistics(self.model, self.layers, self.tokens, cache=self.cache)
         if isinstance(self.base, Awq):
             with self.stages.stage("fold"):
                 self._fold(self.base)
@@ -212,7 +213,7 @@ class _Run:
             return None
         assert self.objective is not None
         with self.stages.stage("gradients"):
-            return self.objective.gradients()
+            return self.objective.gradients(cache=self.cache)
 
     def _fold(self, base: Awq) -> None:
         folds = list(find_folds(self.model))

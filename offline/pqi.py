@@ -20,11 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .cache import MomentsCache, fingerprint
+from .cache import TensorCache, fingerprint
 from .path import MovingLayer, moving_layers
 from .progress import track
 
-__all__ = ["COMPUTE_DTYPES", "LABELS", "QUADRATURES", "GradientMoments", "Objective", "PathIntegral", "quadrature"]
+__all__ = [
+    "COMPUTE_DTYPES",
+    "LABELS",
+    "QUADRATURES",
+    "GradientMoments",
+    "Objective",
+    "PathIntegral",
+    "quadrature",
+    "signed_share",
+]
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LABELS = ("text", "model")
@@ -79,6 +88,11 @@ class GradientMoments:
         return cls(**parts)
 
 
+def signed_share(gradient: Tensor, delta: Tensor) -> float:
+    """``⟨gradient, delta⟩`` in float64: what one layer adds to ΔF if the gradient is averaged along its path."""
+    return float(torch.dot(gradient.flatten().double(), delta.to(gradient.device).flatten().double()))
+
+
 @dataclass(frozen=True)
 class PathIntegral:
     """The gradient along the path w → w̃.
@@ -94,11 +108,10 @@ class PathIntegral:
 
     def predicted(self) -> dict[str, float]:
         """Signed share of ΔF of every layer; the sum predicts ΔF."""
-        share = {}
-        for name, gradient in self.moments.gradient.items():
-            delta = (self.end[name] - self.start[name]).to(gradient.device)
-            share[name] = float(torch.dot(gradient.flatten().double(), delta.flatten().double()))
-        return share
+        return {
+            name: signed_share(gradient, self.end[name] - self.start[name])
+            for name, gradient in self.moments.gradient.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -146,10 +159,13 @@ class Objective:
                 losses.append(float(self._sequence_loss(row, teacher)))
         return float(np.mean(losses))
 
-    def gradients(self, label: str = "gradients of the original") -> GradientMoments:
+    def gradients(
+        self, *, cache: TensorCache | None = None, label: str = "gradients of the original"
+    ) -> GradientMoments:
         """First and second moments of the gradient at w: one forward and backward pass a sequence."""
         # against the model's own predictions they would all be zero
-        return replace(self, labels="text")._moments(self.start, [(0.0, 1.0)], squares=True, label=label)
+        text = replace(self, labels="text")
+        return text._cached_moments(self.start, [(0.0, 1.0)], squares=True, cache=cache, label=label)
 
     def integrate(
         self,
@@ -158,7 +174,7 @@ class Objective:
         rule: str = "gauss",
         nodes: int = 4,
         squares: bool = False,
-        cache: MomentsCache | None = None,
+        cache: TensorCache | None = None,
         label: str = "post-quantization integral",
     ) -> PathIntegral:
         """Integrate the gradient from w to ``end``.
@@ -174,15 +190,27 @@ class Objective:
         """
         path = list(zip(*quadrature(rule, nodes), strict=True))
 
+        moments = self._cached_moments(end, path, squares=squares, cache=cache, label=label)
+        return PathIntegral(self.start, end, moments)
+
+    def _cached_moments(
+        self,
+        end: Mapping[str, Tensor],
+        path: list[tuple[float, float]],
+        *,
+        squares: bool,
+        cache: TensorCache | None,
+        label: str,
+    ) -> GradientMoments:
         def key() -> str:
             settings = {"path": path, "squares": squares, "labels": self.labels, "compute": self.compute}
             return fingerprint(self.model.state_dict(), end, self.tokens, **settings)
 
         device = torch.device(self.accumulate_on or self.device)
-        tensors = (cache or MomentsCache()).get(
+        tensors = (cache or TensorCache()).get(
             key, device, lambda: self._moments(end, path, squares=squares, label=label).flat()
         )
-        return PathIntegral(self.start, end, GradientMoments.from_flat(tensors))
+        return GradientMoments.from_flat(tensors)
 
     def _moments(
         self, end: Mapping[str, Tensor], path: list[tuple[float, float]], *, squares: bool, label: str

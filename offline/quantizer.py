@@ -1,12 +1,15 @@
 """A model's layers and what is known about them, quantized by one base at the precision of each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .bases import Base, DenseLayer, LayerData
+import vllm_requant
+
+from .bases import Base, DenseLayer, LayerData, Need
+from .cache import TensorCache, fingerprint
 from .pqi import GradientMoments
 from .progress import track
 from .recipe import Precision, Recipe
@@ -27,6 +30,7 @@ class LayerQuantizer:
         weights: w by layer, float32 ``[out_features, in_features]``.
         inputs: statistics of the inputs, of layers for which they were collected.
         start: moments of the gradients at w, if they were collected.
+        cache: where layers that were quantized without a sparse part are kept.
         precision: of every layer; may be changed between calls.
     """
 
@@ -34,6 +38,7 @@ class LayerQuantizer:
     weights: Mapping[str, Tensor]
     inputs: Mapping[str, InputStatistics]
     start: GradientMoments | None
+    cache: TensorCache
     precision: dict[str, Precision] = field(init=False)
     _pool: dict[tuple[str, Precision], DenseLayer] = field(default_factory=dict, repr=False)
 
@@ -48,16 +53,40 @@ class LayerQuantizer:
                 from memory the next time.
             label: for the progress bar.
         """
-        dense = {}
-        for name in track(self.weights, label, total=len(self.weights)):
-            if removed is None:
-                key = name, self.precision[name]
-                if key not in self._pool:
-                    self._pool[key] = self._base(name).quantize(self._layer(name))
-                dense[name] = self._pool[key]
-            else:
-                dense[name] = self._base(name).quantize(self._layer(name), removed[name])
-        return dense
+        if removed is not None:
+            return {
+                name: self._base(name).quantize(self._layer(name), removed[name])
+                for name in track(self.weights, label, total=len(self.weights))
+            }
+        missing = [name for name in self.weights if (name, self.precision[name]) not in self._pool]
+        if missing:
+            device = self.weights[missing[0]].device
+            tensors = self.cache.get(
+                lambda: self._fingerprint(missing), device, lambda: self._quantize_all(missing, label)
+            )
+            for name in missing:
+                spec = self._base(name).spec(*self.weights[name].shape[::-1])
+                parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in spec.dense_tensors()}
+                self._pool[name, self.precision[name]] = DenseLayer(spec, parts)
+        return {name: self._pool[name, self.precision[name]] for name in self.weights}
+
+    def _quantize_all(self, names: Sequence[str], label: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name in track(names, label, total=len(names)):
+            dense = self._base(name).quantize(self._layer(name))
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in dense.tensors.items()}
+        return tensors
+
+    def _fingerprint(self, names: Sequence[str]) -> str:
+        bases = {name: self._base(name) for name in names}
+        needs = {need for base in bases.values() for need in base.needs}
+        seen = [{name: self.weights[name] for name in names}]
+        if Need.INPUTS in needs:
+            seen.append({name: self.inputs[name].hessian for name in names})
+        if Need.FISHER in needs and self.start is not None:
+            seen.append({name: self.start.square[name] for name in names})
+        settings = {name: sorted(vars(base).items()) for name, base in bases.items()}
+        return fingerprint(*seen, base=self.recipe.base, version=vllm_requant.__version__, **settings)
 
     def refit(self, dense: Dense, removed: Masks, label: str) -> Dense:
         """Quantize every layer again, now that the sparse part is final."""

@@ -47,7 +47,7 @@ class Recipe:
             caller can give, becomes the base's usual share; under a target it becomes 0.
         significant: r_s, share detached after it; likewise, but under a target None leaves the share to be chosen.
         rounds: steps in which r_s is spent (r_s / β).
-        metric: ranks significant weights and layers, a key of ``METRICS``; with "random" outliers are random too.
+        metric: ranks weights and layers, a key of ``METRICS``; with "random" outliers are random too.
         outlier_rule: how outliers are found inside a layer: largest "magnitude"; largest reduction of the "range" of
             a group; or "base": the base's own rule for the whole sparse part, which then no metric chooses.
         refit: quantize the dense part anew around the detached weights, and keep it if the calibration loss falls.
@@ -188,7 +188,7 @@ class Recipe:
     @property
     def needs_start(self) -> bool:
         """Whether the gradients at the original weights are needed, the base's own wish apart."""
-        return self.ranks and METRICS[self.metric].needs_start
+        return (self.ranks or self.has_target) and METRICS[self.metric].needs_start
 
     @property
     def needs_calibration(self) -> bool:

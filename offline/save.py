@@ -40,7 +40,7 @@ def convert_and_save(
         dataset: calibration text, as in :func:`load_calibration`; not read if the recipe needs none.
         overwrite: replace an existing checkpoint.
         max_shard_size: of a safetensors file, such as ``5GB``.
-        cache: folder in which path integrals are kept.
+        cache: folder for what conversions have in common.
 
     Returns:
         The configuration that was written and the conversion itself.

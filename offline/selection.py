@@ -74,7 +74,7 @@ class Selector:
         pre = self._quantize(None, "pre-quantizing")
         with self.stages.stage("outlier_ratio"):
             restored = self.quantizer.restored(pre, self.quantizer.no_masks())
-            scores = self.measurements.scores(restored, "pre-quantized")
+            scores = self.measurements.scores(restored, self.measurements.path(restored, "pre-quantized"))
             mean_score = {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
             del restored, scores, pre
         numel = {name: weight.numel() for name, weight in self.weights.items()}
@@ -104,7 +104,9 @@ class Selector:
 
         def measure(masks: Masks, number: int) -> dict[str, Tensor]:
             with self.stages.stage("significant"):
-                return self.measurements.scores(self.quantizer.restored(dense, masks), f"detach, round {number + 1}")
+                restored = self.quantizer.restored(dense, masks)
+                path = self.measurements.path(restored, f"detach, round {number + 1}")
+                return self.measurements.scores(restored, path)
 
         return detach_steps(measure, masks, budget, self.recipe.rounds)
 

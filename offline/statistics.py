@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import TensorCache, fingerprint
 from .progress import track
 
 __all__ = ["InputStatistics", "input_statistics"]
@@ -49,13 +50,21 @@ class _Moments:
         self.magnitude += x.abs().sum(0)
         self.tokens += len(x)
 
-    def result(self) -> InputStatistics:
-        return InputStatistics((self.second / self.tokens).float(), (self.magnitude / self.tokens).float())
+    def result(self) -> dict[str, Tensor]:
+        return {
+            "hessian": (self.second / self.tokens).float(),
+            "mean_abs": (self.magnitude / self.tokens).float(),
+        }
 
 
 @torch.no_grad()
 def input_statistics(
-    model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor, label: str = "input statistics"
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    tokens: Tensor,
+    *,
+    cache: TensorCache | None = None,
+    label: str = "input statistics",
 ) -> dict[str, InputStatistics]:
     """Run the calibration set once and collect the statistics of every layer's input.
 
@@ -63,13 +72,26 @@ def input_statistics(
         model: with the weights that the statistics are to be of.
         layers: by name.
         tokens: int64 ``[num_samples, seq_len]``.
+        cache: where results are kept.
 
     Returns:
         Statistics by layer name; layers with the same input hold the same object.
     """
     leaders = _shared_inputs(model, layers, tokens[:1, :2])
+    firsts = {name: layers[name] for name in set(leaders.values())}
     device = next(model.parameters()).device
-    moments = {name: _Moments(layers[name].in_features, device) for name in set(leaders.values())}
+    tensors = (cache or TensorCache()).get(
+        lambda: fingerprint(model.state_dict(), tokens, inputs=sorted(firsts)),
+        device,
+        lambda: _collect(model, firsts, tokens, label),
+    )
+    results = {name: InputStatistics(tensors[f"{name}.hessian"], tensors[f"{name}.mean_abs"]) for name in firsts}
+    return {name: results[leaders[name]] for name in layers}
+
+
+def _collect(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor, label: str) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    moments = {name: _Moments(layer.in_features, device) for name, layer in layers.items()}
     hooks = [
         layers[name].register_forward_pre_hook(lambda _, inputs, m=moment: m.add(inputs[0]))
         for name, moment in moments.items()
@@ -80,8 +102,7 @@ def input_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    results = {name: moment.result() for name, moment in moments.items()}
-    return {name: results[leaders[name]] for name in layers}
+    return {f"{name}.{part}": tensor for name, moment in moments.items() for part, tensor in moment.result().items()}
 
 
 def _shared_inputs(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> dict[str, str]:

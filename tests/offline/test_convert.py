@@ -202,12 +202,21 @@ def test_cached_integrals_give_the_same_checkpoint(tmp_path: Path) -> None:
         results.append((tmp_path / run / "model.safetensors").read_bytes())
         entries = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert results[0] == results[1]
-    assert len(entries) == 3, "algorithm 1, and two rounds of algorithm 2"
+    assert len(entries) == 5, "gradients, pre-quantized layers, algorithm 1, two rounds of algorithm 2"
     # another path is another entry
     convert_and_save(
         load_causal_lm(str(source)), tmp_path / "third", Recipe(**SMALL | {"bits": 3}), cache=tmp_path / "cache"
     )
-    assert len(list((tmp_path / "cache").iterdir())) == 6
+    assert len(list((tmp_path / "cache").iterdir())) == 9, "only the gradients are the same"
+    choices = SMALL | {"base": "gptq", "num_samples": 8}
+    for group_size in (32, 64):
+        convert_and_save(
+            load_causal_lm(str(source)),
+            tmp_path / f"groups of {group_size}",
+            Recipe(**choices, group_size=group_size),
+            cache=tmp_path / "cache",
+        )
+    assert len(list((tmp_path / "cache").iterdir())) == 9 + 1 + 2 * 4, "statistics of the inputs are the same"
 
 
 @pytest.mark.parametrize("tied", [True, False])

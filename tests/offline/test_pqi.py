@@ -7,7 +7,7 @@ import torch
 from tests import tiny
 from vllm_requant.offline import pqi
 from vllm_requant.offline.bases import LayerData, Rtn
-from vllm_requant.offline.cache import MomentsCache
+from vllm_requant.offline.cache import TensorCache
 from vllm_requant.offline.metrics import METRICS, Sensitivity
 from vllm_requant.offline.models import find_layers
 
@@ -147,7 +147,7 @@ def test_a_metric_demands_what_it_needs(setting) -> None:  # type: ignore[no-unt
 
 def test_cached_moments_are_the_computed_ones(setting, tmp_path) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
-    cache = MomentsCache(tmp_path)
+    cache = TensorCache(tmp_path)
     first, again = (pqi.Objective(model, layers, tokens).integrate(quantized, nodes=2, cache=cache) for _ in range(2))
     assert len(list(tmp_path.iterdir())) == 1
     other = {**quantized, (name := next(iter(layers))): quantized[name] + 1e-3}

@@ -1,4 +1,4 @@
-"""``requant``: convert, inspect, eval, serve. One file a command.
+"""``requant``: convert, inspect, eval, serve, sweep. One file a command.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 good, 1 failed, 2 wrong usage.
 """
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import convert, evaluate, inspect, serve
+from . import convert, evaluate, inspect, serve, sweep
 
 __all__ = ["app", "main"]
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("eval")(evaluate.command)
+app.command("sweep")(sweep.command)
 app.command(
     "serve",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

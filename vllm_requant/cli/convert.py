@@ -77,7 +77,7 @@ def command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of calibration and controls.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps path integrals for later conversions.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps what later conversions can use.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,

@@ -29,7 +29,7 @@ def command(
         from .. import hf
         from ..format.reader import Checkpoint
         from ..offline.calibration import check_dataset
-        from ..offline.evaluate import BUILTIN_DATASET, EvaluationText, compare, evaluation_windows
+        from ..offline.evaluate import BUILTIN_DATASET, EvaluationText, compare, evaluation_windows, predictions
         from ..offline.models import load_causal_lm, resolve_source
         from ..offline.recipe import RecipeError
 
@@ -46,8 +46,8 @@ def command(
             EvaluationText(dataset), hf.load_tokenizer(folder), seq_len=seq_len, max_tokens=max_tokens
         )
         model = hf.load_dequantized(folder)
-        reference = load_causal_lm(against).model if against is not None else None
-        scores = compare(model, windows, reference)
+        reference = predictions(load_causal_lm(against).model, windows) if against is not None else None
+        scores = compare(windows, predictions(model, windows), reference)
         result: dict[str, Any] = {
             "folder": str(folder),
             "against": against,

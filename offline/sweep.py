@@ -1,0 +1,189 @@
+"""Many conversions of one model, each scored on held-out text: what tables and ablations are made of.
+
+Runs are named and written in TOML; a table ``[all]`` holds what they share::
+
+    [all]
+    compute = "bfloat16"
+    num_samples = 64
+
+    [runs.gptq-3]
+    base = "gptq"
+    bits = 3
+    outliers = 0
+    significant = 0
+
+    [runs.gptq-3-requant]
+    base = "gptq"
+    size_of = "gptq-3"      # as many stored bits as that run has
+
+Fields are those of :class:`~.recipe.Recipe`. Nothing is saved but the scores, a JSON object a line, appended when a
+run ends: a sweep that was interrupted goes on where it stopped, and several processes may share one file.
+"""
+
+import json
+import logging
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import load_calibration
+from .evaluate import EvaluationText, compare, evaluation_windows, predictions
+from .models import find_layers, load_causal_lm
+from .pipeline import convert
+from .recipe import Recipe, RecipeError
+
+__all__ = ["Sweep", "read_runs"]
+
+log = logging.getLogger(__name__)
+_SIZE_OF = "size_of"
+
+
+def read_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The runs of a TOML file: choices by name, those of all runs included.
+
+    Raises:
+        RecipeError: the file is not TOML, names a field that a recipe does not have, a choice that is not
+            possible, or a run that comes later or not at all.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: is not valid TOML: {error}") from None
+    shared, runs = content.pop("all", {}), content.pop("runs", {})
+    if content or not runs:
+        raise RecipeError(f"{path}: holds {', '.join(content) or 'nothing'} beside [all]; runs are tables [runs.NAME]")
+    known = {field.name for field in fields(Recipe)} | {_SIZE_OF}
+    result: dict[str, dict[str, Any]] = {}
+    for name, own in runs.items():
+        choices = shared | own
+        if unknown := choices.keys() - known:
+            raise RecipeError(f"{path}: run {name}: {min(unknown)} is not a choice of a recipe")
+        if _SIZE_OF in choices and choices[_SIZE_OF] not in result:
+            raise RecipeError(f"{path}: run {name}: size_of names {choices[_SIZE_OF]}, which is no earlier run")
+        try:
+            Recipe(**{key: value for key, value in choices.items() if key != _SIZE_OF})
+        except RecipeError as error:
+            raise RecipeError(f"{path}: run {name}: {error}") from None
+        result[name] = choices
+    return result
+
+
+@dataclass
+class Sweep:
+    """Runs on one model.
+
+    Attributes:
+        source: the model, as for a conversion.
+        runs: choices by name.
+        calibration: text for all of them.
+        evaluation: texts by the names under which their scores are kept.
+        output: file of results.
+        seq_len, max_tokens: of the evaluation.
+        cache: folder of path integrals.
+    """
+
+    source: str
+    runs: Mapping[str, Mapping[str, Any]]
+    calibration: str
+    evaluation: Mapping[str, str]
+    output: Path
+    seq_len: int = 512
+    max_tokens: int | None = None
+    cache: Path | None = None
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """What is finished, by name.
+
+        Raises:
+            RecipeError: a result was made by another recipe than the run of that name has now.
+        """
+        if not self.output.exists():
+            return {}
+        rows = [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            if row["name"] in self.runs and row["choices"] != dict(self.runs[row["name"]]):
+                raise RecipeError(
+                    f"{self.output}: {row['name']} was run with {row['choices']}, which is not what it says now; "
+                    "rename the run or remove the line"
+                )
+        return {row["name"]: row for row in rows}
+
+    def run(self, pattern: str = "*") -> Iterator[dict[str, Any]]:
+        """Run what is not finished and fits the pattern; yields each result after it was written."""
+        reference: dict[str, tuple[Tensor, list[Tensor], dict[str, Any]]] = {}
+        self.results()
+        for name, choices in self.runs.items():
+            if not fnmatch(name, pattern) or name in self.results():
+                continue
+            log.info("run %s", name)
+            if not reference:
+                reference = dict(self._references())
+            row = {"name": name, "choices": dict(choices)} | self._one(self._recipe(name, choices), reference)
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            with self.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            yield row
+
+    def _recipe(self, name: str, choices: Mapping[str, Any]) -> Recipe:
+        choices = dict(choices)
+        other = choices.pop(_SIZE_OF, None)
+        if other is not None:
+            if other not in self.results():
+                raise RecipeError(f"run {name}: {other}, whose size it is to have, has not been run")
+            choices["target_bpw"] = self.results()[other]["bits_per_weight"]
+        return Recipe(**choices)
+
+    def _references(self) -> Iterator[tuple[str, tuple[Tensor, list[Tensor], dict[str, Any]]]]:
+        """Windows of each text, the original's predictions of them, and the conditions."""
+        lm = load_causal_lm(self.source)
+        for name, dataset in self.evaluation.items():
+            windows, conditions = evaluation_windows(
+                EvaluationText(dataset), lm.tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens
+            )
+            log.info("predictions of the original: %s", name)
+            # for differences of about a tenth of a nat half precision is plenty
+            yield name, (windows, list(predictions(lm.model, windows, torch.float16)), conditions | {"dataset": name})
+
+    def _one(
+        self, recipe: Recipe, reference: Mapping[str, tuple[Tensor, list[Tensor], dict[str, Any]]]
+    ) -> dict[str, Any]:
+        started = time.monotonic()
+        lm = load_causal_lm(self.source)
+        calibration = None
+        if recipe.needs_calibration:
+            calibration = load_calibration(
+                self.calibration,
+                lm.model,
+                lm.tokenizer,
+                num_samples=recipe.num_samples,
+                seq_len=recipe.seq_len,
+                seed=recipe.seed,
+            )
+        conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None, cache=self.cache)
+        seconds = time.monotonic() - started
+        for name, layer in find_layers(lm.model).items():
+            layer.weight.data = conversion.layers[name].weight()
+        scores = {}
+        for name, (windows, original, conditions) in reference.items():
+            measured = compare(windows, predictions(lm.model, windows), original)
+            scores[name] = measured | {"conditions": conditions}
+            log.info("%s: perplexity %.3f, KL %.4f", name, measured["perplexity"], measured["kl_divergence"])
+        bits = sum(8 * layer.spec.nbytes for layer in conversion.layers.values())
+        numel = sum(layer.spec.numel for layer in conversion.layers.values())
+        report = {key: value for key, value in conversion.report.items() if key != "layers"}
+        return {
+            "bits_per_weight": bits / numel,
+            "nnz": sum(layer.spec.nnz for layer in conversion.layers.values()),
+            "seconds": round(seconds, 1),
+            "scores": scores,
+            "recipe": recipe.describe(),
+            "calibration": calibration.describe() if calibration is not None else None,
+            "report": report,
+        }

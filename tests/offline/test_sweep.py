@@ -1,0 +1,84 @@
+"""Runs are checked before anything is loaded, and finished ones are not run again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from vllm_requant.offline.evaluate import BUILTIN_DATASET
+from vllm_requant.offline.recipe import RecipeError
+from vllm_requant.offline.sweep import Sweep, read_runs
+
+RUNS = """
+[all]
+num_samples = 3
+seq_len = 24
+nodes = 2
+[runs.gptq-4]
+base = "gptq"
+bits = 4
+outliers = 0
+significant = 0
+[runs.gptq-requant]
+base = "gptq"
+size_of = "gptq-4"
+"""
+
+
+def _sweep(tmp_path: Path, text: str = RUNS) -> Sweep:
+    source = tmp_path / "in"
+    if not source.exists():
+        tiny.save(source)
+    (tmp_path / "runs.toml").write_text(text)
+    return Sweep(
+        source=str(source),
+        runs=read_runs(tmp_path / "runs.toml"),
+        calibration="self",
+        evaluation={"docs": BUILTIN_DATASET},
+        output=tmp_path / "results.jsonl",
+        seq_len=32,
+        max_tokens=96,
+    )
+
+
+def test_runs_are_scored_and_kept(tmp_path: Path) -> None:
+    sweep = _sweep(tmp_path)
+    with pytest.raises(RecipeError, match="gptq-4, whose size it is to have, has not been run"):
+        list(sweep.run("*-requant"))
+    rows = {row["name"]: row for row in sweep.run()}
+    assert list(rows) == ["gptq-4", "gptq-requant"]
+    plain, ours = rows.values()
+    assert plain["bits_per_weight"] - 0.2 < ours["bits_per_weight"] <= plain["bits_per_weight"]
+    for row in rows.values():
+        score = row["scores"]["docs"]
+        assert score["perplexity"] != score["reference_perplexity"]
+        assert 0 < score["kl_divergence"] < 1
+        assert score["conditions"]["tokens"] == 96
+    assert str(tmp_path) not in (tmp_path / "results.jsonl").read_text()
+    # nothing is left to do, also for another process
+    assert list(_sweep(tmp_path).run()) == []
+    assert [json.loads(line)["name"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == list(rows)
+
+
+def test_a_result_of_another_recipe_is_not_taken_for_the_run(tmp_path: Path) -> None:
+    list(_sweep(tmp_path).run("gptq-4"))
+    with pytest.raises(RecipeError, match="gptq-4 was run with"):
+        list(_sweep(tmp_path, RUNS.replace("bits = 4", "bits = 3")).run())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("bits = 4", "bit = 4", "run gptq-4: bit is not a choice"),
+        ("bits = 4", "bits = 5", "run gptq-4: --bits 5"),
+        ('"gptq-4"', '"gptq-9"', "size_of names gptq-9"),
+        ("[runs.gptq-4]", "[gptq-4]", "gptq-4 beside"),
+        ("[all]", "[all", "not valid TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, before: str, after: str, message: str) -> None:
+    path = tmp_path / "runs.toml"
+    path.write_text(RUNS.replace(before, after))
+    with pytest.raises(RecipeError, match=message):
+        read_runs(path)
