@@ -95,6 +95,8 @@ class Recipe:
             raise RecipeError(f"--group-size {self.group_size}: must be a multiple of 32, at most 65536")
         if not 8 <= self.state_bits <= 16:
             raise RecipeError(f"--state-bits {self.state_bits}: must lie between 8 and 16")
+        if "state_bits" in base.options and not self.has_target and self.state_bits < 2 * self.bits:
+            raise RecipeError(f"--state-bits {self.state_bits}: must be at least twice --bits {self.bits}")
         self._resolve_shares(base)
         for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
             if share is not None and not 0 <= share <= _MAX_SHARE:
@@ -172,6 +174,8 @@ class Recipe:
         base = BASES[self.base]
         target = self.target_bpw
         near = [bits for bits in base.bits if bits < target + 2 or (bits == 8 and target > 4)]
+        if "state_bits" in base.options:
+            near = [bits for bits in near if target - 2 < bits and 2 * bits <= self.state_bits]
         sizes = _GROUP_SIZES if "group_size" in base.options else (self.group_size,)
         return [Precision(bits, size) for bits in near for size in sizes]
 

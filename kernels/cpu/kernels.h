@@ -98,13 +98,14 @@ struct Trellis {
 };
 
 // One instruction set, by bits - 2.
+// by bits, from 1 on
 struct TrellisTier {
     // out [batch, rows] of the row blocks begin ... end - 1, rotated back, residual included. `x` is as given, `rotated`
     // is x times signs through the Hadamard transform, both [batch, columns]. sums: 2 batch block_out floats.
-    void (*linear[3])(const Trellis&, const float* x, const float* rotated, int64_t batch, int64_t begin,
+    void (*linear[6])(const Trellis&, const float* x, const float* rotated, int64_t batch, int64_t begin,
                       int64_t end, float* out, float* sums);
     // out [.., columns]: rotated weights of the row blocks begin ... end - 1, from block `begin` on
-    void (*dequantize[3])(const Trellis&, int64_t begin, int64_t end, float* out);
+    void (*dequantize[6])(const Trellis&, int64_t begin, int64_t end, float* out);
 };
 
 extern const TrellisTier SCALAR_TRELLIS;

@@ -30,7 +30,7 @@ const TrellisTier& tier() {
 bool block_size(int64_t block) { return block == 16 || block == 32 || block == 64 || block == 128; }
 
 bool valid(const Trellis& w) {
-    return w.bits >= 2 && w.bits <= 4 && w.state_bits >= w.bits && w.state_bits <= 16 && block_size(w.block_out) &&
+    return w.bits >= 1 && w.bits <= 6 && w.state_bits >= w.bits && w.state_bits <= 16 && block_size(w.block_out) &&
            block_size(w.block_in) && w.rows >= 0 && w.columns > 0 && w.rows % w.block_out == 0 &&
            w.columns % w.block_in == 0;
 }
@@ -89,7 +89,7 @@ REQUANT_API int requant_trellis_linear(int bits, int state_bits, int64_t rows, i
         rotated.assign(x, x + batch * columns);
         requant_trellis_rotate(batch, columns, block_in, signs_in, 0, rotated.data());
         const float* turned = rotated.data();
-        const auto run = tier().linear[bits - 2];
+        const auto run = tier().linear[bits - 1];
         const int64_t blocks = rows / block_out, sums = 2 * batch * block_out;
         const int threads = threads_for(rows * columns * batch, blocks);
         thread_local std::vector<float> scratch;
@@ -112,7 +112,7 @@ REQUANT_API int requant_trellis_dequantize(int bits, int state_bits, int64_t row
                     scales, nullptr,    nullptr, nullptr, nullptr,   false,    nullptr};
     if (!valid(w)) return -1;
     if (first < 0 || count < 0 || first + count > rows || first % block_out || count % block_out) return -3;
-    const auto run = tier().dequantize[bits - 2];
+    const auto run = tier().dequantize[bits - 1];
     const int64_t begin = first / block_out, blocks = count / block_out;
     const int threads = threads_for(count * columns, blocks);
 #pragma omp parallel num_threads(threads)

@@ -36,7 +36,7 @@ REQUANT_INLINE Floats decode(const Words& windows, uint32_t mask) {
 
 // A tile, then its first bytes once more: the last windows run over the end.
 struct Unrolled {
-    uint8_t bytes[TILE / 2 + WIDTH];
+    uint8_t bytes[TILE * 6 / 8 + WIDTH];
 };
 
 template <int K>
@@ -137,8 +137,10 @@ void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out
 
 template <class S>
 constexpr TrellisTier make_trellis_tier() {
-    return TrellisTier{{&trellis_linear<S, 2>, &trellis_linear<S, 3>, &trellis_linear<S, 4>},
-                       {&trellis_dequantize<S, 2>, &trellis_dequantize<S, 3>, &trellis_dequantize<S, 4>}};
+    return TrellisTier{{&trellis_linear<S, 1>, &trellis_linear<S, 2>, &trellis_linear<S, 3>, &trellis_linear<S, 4>,
+                        &trellis_linear<S, 5>, &trellis_linear<S, 6>},
+                       {&trellis_dequantize<S, 1>, &trellis_dequantize<S, 2>, &trellis_dequantize<S, 3>,
+                        &trellis_dequantize<S, 4>, &trellis_dequantize<S, 5>, &trellis_dequantize<S, 6>}};
 }
 
 }  // namespace

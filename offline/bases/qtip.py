@@ -74,7 +74,7 @@ class Qtip(Base):
     """
 
     name: ClassVar[str] = "qtip"
-    bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6)  # 1, 5 and 6 are of use where widths differ
     options: ClassVar[tuple[str, ...]] = ("state_bits",)
     # rotated weights have no outliers; beyond the first few, bits are better spent on wider layers (measured)
     usual_shares: ClassVar[tuple[float, float]] = (0.0, 0.0005)
@@ -88,7 +88,7 @@ class Qtip(Base):
 
     def spec(self, in_features: int, out_features: int) -> TrellisSpec:
         return TrellisSpec(
-            bits=self.width,  # type: ignore[arg-type]
+            bits=self.width,
             state_bits=self.state_bits,
             block_in=hadamard_block(in_features),  # type: ignore[arg-type]
             block_out=hadamard_block(out_features),  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def unit_scale(bits: int, state_bits: int) -> float:
     code = trellis_code(state_bits)
     spread = float(code.std())
     best, best_error = 1.0 / spread, torch.inf
-    for factor in (0.84, 0.88, 0.92, 0.96, 1.0):
+    for factor in (0.84 + 0.04 * step for step in range(16)):  # the more bits, the more the tails matter
         scaled = code * (factor / spread)
         error = float((scaled[trellis_path(values, scaled, bits).long()] - values).square().mean())
         if error < best_error:

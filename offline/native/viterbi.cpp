@@ -57,7 +57,7 @@ INLINE Ints run_minima(const float* cost) {
 }
 
 // Costs are non-negative floats, which order like integers. The lowest K bits of cost[s] hold s mod 2^K: a minimum over
-// the predecessors t << K | j then says by itself which j it was. The cost is off by 2^-20 of itself at most.
+// the predecessors t << K | j then says by itself which j it was. The cost is off by 2^(K - 23) of itself at most.
 template <int K>
 INLINE void advance(float* cost, float* best, uint8_t* from, const float* code, float x, int groups) {
     constexpr int MASK = (1 << K) - 1;
@@ -68,14 +68,13 @@ INLINE void advance(float* cost, float* best, uint8_t* from, const float* code, 
         const Ints arg = low & MASK;
         for (int i = 0; i < LANES; ++i) from[t + i] = uint8_t(arg[i]);
     }
-    const Ints tag = lanes & MASK;
     for (int b = 0; b < (1 << K); ++b) {
         const float* values = code + int64_t(b) * groups;
         float* out = cost + int64_t(b) * groups;
         for (int t = 0; t < groups; t += LANES) {
             const Floats d = x - load(values + t);
             const Ints total = (Ints)(load(best + t) + d * d);
-            store(out + t, (Floats)((total & ~MASK) | tag));
+            store(out + t, (Floats)((total & ~MASK) | ((lanes + t) & MASK)));
         }
     }
 }
@@ -87,7 +86,10 @@ using Advance = void (*)(float*, float*, uint8_t*, const float*, float, int);
     TARGET void NAME(float* cost, float* best, uint8_t* from, const float* code, float x, int groups) {            \
         advance<K>(cost, best, from, code, x, groups);                                                             \
     }                                                                                                              \
-    Advance select_##NAME(int width) { return width == 2 ? &NAME<2> : width == 3 ? &NAME<3> : &NAME<4>; }
+    Advance select_##NAME(int width) {                                                                             \
+        constexpr Advance by_width[] = {&NAME<1>, &NAME<2>, &NAME<3>, &NAME<4>, &NAME<5>, &NAME<6>};               \
+        return by_width[width - 1];                                                                                \
+    }
 
 DEFINE_TIER(portable, )
 #if defined(__x86_64__)
@@ -183,11 +185,11 @@ private:
 }  // namespace
 
 // x: float32 [sequences, length]; code: float32 [2^bits], the value of every state; states: int32 [sequences, length].
-// rotations: tries to close the circle; 0 leaves it open. Requires 2 <= width <= 4, width + 4 <= bits <= 16 and
-// length >= 2; returns 0, or -1 for other arguments.
+// rotations: tries to close the circle; 0 leaves it open. Requires 1 <= width <= 6, bits <= 16, bits at least
+// width + 4 and 2 width, and length >= 2; returns 0, or -1 for other arguments.
 extern "C" int requant_viterbi(const float* x, int64_t sequences, int64_t length, int32_t bits, int32_t width,
                                const float* code, int32_t rotations, int32_t* states) {
-    if (width < 2 || width > 4 || bits < width + 4 || bits > 16 || length < 2 || length > 1 << 20) return -1;
+    if (width < 1 || width > 6 || bits < width + 4 || bits < 2 * width || bits > 16 || length < 2 || length > 1 << 20) return -1;
 #pragma omp parallel
     {
         Coder coder(bits, width, int(length), code);

@@ -275,6 +275,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"bits": 8}, "--bits"),
         ({"group_size": 50}, "--group-size"),
         ({"state_bits": 17}, "--state-bits"),
+        ({"base": "qtip", "bits": 5, "state_bits": 8}, "--state-bits"),
         ({"outliers": -0.1}, "--outliers"),
         ({"significant": 0.5}, "--significant"),
         ({"metric": "best"}, "--metric"),

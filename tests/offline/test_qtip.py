@@ -58,7 +58,7 @@ def test_gaussian_distortion_is_as_published(state_bits: int, bits: int) -> None
     assert error / float(x.square().mean()) < 1.03 * PUBLISHED[state_bits, bits]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
 def test_closing_a_string_costs_little(bits: int) -> None:
     """An open path has the free bits of its first window; over 1024 values they hardly count."""
     x = _gaussian(24, 1024)
@@ -111,6 +111,13 @@ def _layer(rows: int = 64, columns: int = 192) -> LayerData:
     weight = torch.randn(rows, columns, generator=generator) * 0.02
     weight[3, 50] = 2.0  # an outlier: incoherence spreads it
     return LayerData(weight, inputs=InputStatistics(x.t() @ x / len(x), x.abs().mean(0)))
+
+
+def test_every_bit_divides_the_error() -> None:
+    layer = _layer()
+    error = [_error(layer, Qtip(bits, state_bits=12).quantize(layer).weight()) for bits in range(1, 7)]
+    for wider, narrower in itertools.pairwise(reversed(error)):
+        assert wider < 0.4 * narrower, error
 
 
 def _error(layer: LayerData, weight: torch.Tensor) -> float:

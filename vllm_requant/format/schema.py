@@ -186,7 +186,7 @@ class TrellisSpec(_LayerBase):
     """
 
     kind: Literal["trellis"] = "trellis"
-    bits: Literal[2, 3, 4]
+    bits: int = Field(ge=1, le=6)
     state_bits: int = Field(ge=8, le=16)
     code: Literal["mul1"] = "mul1"
     block_in: Literal[16, 32, 64, 128]
@@ -194,6 +194,8 @@ class TrellisSpec(_LayerBase):
 
     @model_validator(mode="after")
     def _blocks_fit(self) -> "TrellisSpec":
+        if self.state_bits < 2 * self.bits:
+            raise ValueError(f"state_bits {self.state_bits} is less than twice the {self.bits} bits of a weight")
         for what, size, block in (
             ("in_features", self.in_features, self.block_in),
             ("out_features", self.out_features, self.block_out),
