@@ -20,7 +20,7 @@ from vllm_requant.format import LayerSpec
 
 from . import outliers
 from .allocation import allocate, sparse_counts
-from .bases import BASES, DenseLayer
+from .bases import BASES
 from .measurements import Measurements
 from .pqi import PathIntegral
 from .quantizer import Dense, LayerQuantizer, Masks
@@ -64,7 +64,6 @@ class BudgetSearch:
     quantizer: LayerQuantizer
     measurements: Measurements
     stages: Stages
-    dense: dict[Precision, Dense] = field(default_factory=dict)
     error: dict[Precision, dict[str, float]] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[float, Precisions, Dense, Masks] | None = None
@@ -78,12 +77,10 @@ class BudgetSearch:
 
     def select(self) -> Selection:
         """Run the search."""
-        for precision in self.recipe.precisions:
-            self.quantizer.precision = dict.fromkeys(self.weights, precision)
-            with self.stages.stage("quantize"):
-                self.dense[precision] = self.quantizer.quantize(None, f"quantizing, {_describe(precision)}")
-            self.error[precision] = {
-                name: self.quantizer.error(name, layer) for name, layer in self.dense[precision].items()
+        with self.stages.stage("expected_error"):
+            self.error = {
+                precision: self.quantizer.expected_error(precision, f"expected error, {_describe(precision)}")
+                for precision in self.recipe.precisions
             }
         with self.stages.stage("allocation"):
             given = self._sparse_shares()[0][0] * self.numel  # 0 if the share is to be chosen
@@ -92,8 +89,9 @@ class BudgetSearch:
             now = self._uniform(max(fitting, key=lambda p: self._dense_bits(self._uniform(p)), default=smallest))
             # without a path there is nothing to learn from a second look
             for number in range(self.recipe.rounds if self.measurements.metric.needs_path else 1):
-                restored = self.quantizer.restored(self._pick(now), self.quantizer.no_masks())
-                path = self.measurements.path(restored, f"budget, round {number + 1}")
+                label = f"budget, round {number + 1}"
+                restored = self.quantizer.restored(self._quantize(now, label), self.quantizer.no_masks())
+                path = self.measurements.path(restored, label)
                 shares = self.measurements.shares(restored, path)
                 del restored
                 if number == 0 and fitting:
@@ -165,20 +163,21 @@ class BudgetSearch:
 
     # candidates -----------------------------------------------------------------------------------------------
 
-    def _pick(self, precisions: Precisions) -> dict[str, DenseLayer]:
-        return {name: self.dense[precision][name] for name, precision in precisions.items()}
+    def _quantize(self, precisions: Precisions, label: str) -> Dense:
+        self.quantizer.precision = precisions
+        with self.stages.stage("quantize"):
+            return self.quantizer.quantize(None, f"quantizing, {label}")
 
     def _try(
         self, precisions: Precisions, room: float, path: PathIntegral | None, label: str, *, outlier_part: float = 0.0
     ) -> None:
         """Measure a candidate whose sparse part may take ``room`` bits."""
-        dense: Dense = self._pick(precisions)
+        dense = self._quantize(precisions, label)
         masks = self.quantizer.no_masks()
         if room > 0 and self.recipe.significant != 0:
             scores = self.measurements.scores(self.quantizer.restored(dense, masks), path)
             if outlier_part:
                 masks = self._outliers(scores, outlier_part * room)
-                self.quantizer.precision = precisions
                 dense = self.quantizer.quantize(masks, f"re-quantizing, {label}")
                 scores = self.measurements.scores(self.quantizer.restored(dense, masks), path)
             masks = self._detach(scores, masks, room) if self.recipe.significant is None else self._detach_given(scores)

@@ -6,6 +6,7 @@ cannot be taken for a valid one.
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class TensorCache:
                 log.warning("%s is damaged and will be computed anew", path)
         tensors = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(".partial")
+        staging = path.with_suffix(f".{os.getpid()}.partial")  # another process may be writing the same
         save_file(tensors, staging)
         staging.replace(path)
         return tensors

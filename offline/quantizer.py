@@ -1,6 +1,6 @@
 """A model's layers and what is known about them, quantized by one base at the precision of each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -59,34 +59,30 @@ class LayerQuantizer:
                 for name in track(self.weights, label, total=len(self.weights))
             }
         missing = [name for name in self.weights if (name, self.precision[name]) not in self._pool]
-        if missing:
-            device = self.weights[missing[0]].device
-            tensors = self.cache.get(
-                lambda: self._fingerprint(missing), device, lambda: self._quantize_all(missing, label)
-            )
-            for name in missing:
-                spec = self._base(name).spec(*self.weights[name].shape[::-1])
-                parts = {suffix: tensors[f"{name}.{suffix}"] for suffix in spec.dense_tensors()}
-                self._pool[name, self.precision[name]] = DenseLayer(spec, parts)
+        for name in track(missing, label, total=len(missing)):
+            self._pool[name, self.precision[name]] = self._cached(name)
         return {name: self._pool[name, self.precision[name]] for name in self.weights}
 
-    def _quantize_all(self, names: Sequence[str], label: str) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name in track(names, label, total=len(names)):
-            dense = self._base(name).quantize(self._layer(name))
-            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in dense.tensors.items()}
-        return tensors
+    def _cached(self, name: str) -> DenseLayer:
+        layer, base = self._layer(name), self._base(name)
 
-    def _fingerprint(self, names: Sequence[str]) -> str:
-        bases = {name: self._base(name) for name in names}
-        needs = {need for base in bases.values() for need in base.needs}
-        seen = [{name: self.weights[name] for name in names}]
-        if Need.INPUTS in needs:
-            seen.append({name: self.inputs[name].hessian for name in names})
-        if Need.FISHER in needs and self.start is not None:
-            seen.append({name: self.start.square[name] for name in names})
-        settings = {name: sorted(vars(base).items()) for name, base in bases.items()}
-        return fingerprint(*seen, base=self.recipe.base, version=vllm_requant.__version__, **settings)
+        def key() -> str:
+            seen = [layer.weight]
+            if Need.INPUTS in base.needs:
+                seen.append(layer.require_inputs().hessian)
+            if Need.FISHER in base.needs:
+                seen.append(layer.require_fisher())
+            return fingerprint(*seen, base=base.name, version=vllm_requant.__version__, **vars(base))
+
+        tensors = self.cache.get(key, layer.weight.device, lambda: base.quantize(layer).tensors)
+        return DenseLayer(base.spec(*layer.weight.shape[::-1]), tensors)
+
+    def expected_error(self, precision: Precision, label: str) -> dict[str, float]:
+        """About the error of every layer at a precision, comparable between precisions of one layer only."""
+        base = self.recipe.make_base(precision)
+        return {
+            name: base.expected_error(self._layer(name)) for name in track(self.weights, label, total=len(self.weights))
+        }
 
     def refit(self, dense: Dense, removed: Masks, label: str) -> Dense:
         """Quantize every layer again, now that the sparse part is final."""
@@ -106,16 +102,6 @@ class LayerQuantizer:
     def restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
         """w̃: dense weights with the masked positions at full precision."""
         return {name: torch.where(masks[name], self.weights[name], dense[name].weight()) for name in dense}
-
-    def error(self, name: str, dense: DenseLayer) -> float:
-        """Squared error of the layer's output, or of its weight where nothing is known about the inputs."""
-        error = dense.weight() - self.weights[name]
-        inputs = self.inputs.get(name)
-        if inputs is not None:
-            return float(((error @ inputs.hessian) * error).sum(dtype=torch.float64))
-        if self.start is not None:
-            return float((error.square() * self.start.square[name]).sum(dtype=torch.float64))
-        return float(error.square().sum(dtype=torch.float64))
 
     def _base(self, name: str) -> Base:
         return self.recipe.make_base(self.precision[name])

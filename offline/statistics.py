@@ -30,6 +30,10 @@ class InputStatistics:
     hessian: Tensor
     mean_abs: Tensor
 
+    def output_error(self, error: Tensor) -> float:
+        """Mean squared error of the layer's output, ``tr(E H Eᵀ)``, for that of its weight."""
+        return float(((error @ self.hessian) * error).sum(dtype=torch.float64))
+
     def scaled(self, scale: Tensor) -> "InputStatistics":
         """The statistics of ``x · scale``, elementwise."""
         return InputStatistics(self.hessian * scale * scale[:, None], self.mean_abs * scale)

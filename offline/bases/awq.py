@@ -52,7 +52,7 @@ class Awq(UniformBase):
         for candidate in candidates:
             scale = candidate.clamp(min=1e-4)
             scale = scale / torch.sqrt(scale.max() * scale.min())
-            loss = self._loss(weights, fold.spread(scale), statistics.hessian)
+            loss = self._loss(weights, fold.spread(scale), statistics)
             if loss < best_loss:
                 best, best_loss = scale, loss
         return best
@@ -66,14 +66,14 @@ class Awq(UniformBase):
             total += relative.flatten(1)[:, : weight.shape[1]].sum(0)
         return total / sum(len(weight) for weight in weights)
 
-    def _loss(self, weights: list[Tensor], scale: Tensor, hessian: Tensor) -> float:
+    def _loss(self, weights: list[Tensor], scale: Tensor, statistics: InputStatistics) -> float:
         loss = 0.0
         for weight in weights:
             scaled = weight * scale
             grid = minmax_grid(scaled, self.group_size, self.width)
             wide = grid.columns(column_groups(weight.shape[1], self.group_size, weight.device))
             error = (wide.values(wide.codes(scaled)) / scale).sub_(weight)
-            loss += float(((error @ hessian) * error).sum(dtype=torch.float64))
+            loss += statistics.output_error(error)
         return loss
 
     def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vllm_requant.format import LayerSpec, QuantizedLayer
@@ -12,6 +13,8 @@ from vllm_requant.format import LayerSpec, QuantizedLayer
 from ..statistics import InputStatistics
 
 __all__ = ["Base", "DenseLayer", "LayerData", "Need"]
+
+_ROWS = 128  # that stand for all in an expected error
 
 
 class DenseLayer(NamedTuple):
@@ -45,6 +48,20 @@ class LayerData:
     weight: Tensor
     fisher: Tensor | None = None
     inputs: InputStatistics | None = None
+
+    def rows(self, most: int) -> "LayerData":
+        """At most so many rows, evenly spaced."""
+        step = -(-len(self.weight) // most)
+        fisher = None if self.fisher is None else self.fisher[::step]
+        return LayerData(self.weight[::step].contiguous(), fisher=fisher, inputs=self.inputs)
+
+    def error(self, weight: Tensor) -> float:
+        """How wrong another weight is: by the layer's output, or by Fisher information, or by itself, as is known."""
+        error = weight - self.weight
+        if self.inputs is not None:
+            return self.inputs.output_error(error)
+        squared = error.square() if self.fisher is None else error.square() * self.fisher
+        return float(squared.sum(dtype=torch.float64))
 
     def require_fisher(self) -> Tensor:
         if self.fisher is None:
@@ -96,6 +113,14 @@ class Base(ABC):
             removed: bool of the weight's shape: positions that the sparse part will hold. They must not influence
                 ranges or centroids; their codes are those nearest to the weight.
         """
+
+    def expected_error(self, layer: LayerData) -> float:
+        """About the error that :meth:`quantize` makes, up to a factor that is the same at all precisions.
+
+        It is cheap, so that many precisions can be weighed before one is chosen.
+        """
+        some = layer.rows(_ROWS)
+        return some.error(self.quantize(some).weight())
 
     def refit(self, layer: LayerData, dense: DenseLayer, removed: Tensor) -> DenseLayer:
         """Quantize again once the sparse part is known, with whatever lets the dense part make up for its errors.

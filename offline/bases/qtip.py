@@ -7,7 +7,7 @@ as accurate as a longer one. A float16 scale stands for every pair of blocks, no
 """
 
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .base import Base, DenseLayer, LayerData, Need
 from .feedback import block_feedback
 from .uniform import SMALLEST_SCALE
 
-__all__ = ["Qtip", "hadamard_block", "trellis_path"]
+__all__ = ["CodeFit", "Qtip", "code_fit", "hadamard_block", "trellis_path"]
 
 _BLOCKS = (128, 64, 32, 16)
 _ROTATIONS = 1  # tries to close a string; more gain less than 1 %
@@ -114,12 +114,16 @@ class Qtip(Base):
             },
         )
 
+    def expected_error(self, layer: LayerData) -> float:
+        """Incoherent weights are Gaussian: the distortion of the code says it all."""
+        return layer.error(torch.zeros_like(layer.weight)) * code_fit(self.width, self.state_bits).distortion
+
     def _scales(self, rotated: Tensor, spec: TrellisSpec) -> Tensor:
         blocks = rotated.reshape(
             spec.out_features // spec.block_out, spec.block_out, spec.in_features // spec.block_in, spec.block_in
         )
         rms = blocks.square().mean(dim=(1, 3)).sqrt()
-        return (rms * unit_scale(self.width, self.state_bits)).to(torch.float16)
+        return (rms * code_fit(self.width, self.state_bits).scale).to(torch.float16)
 
     def _states(self, rotated: Tensor, hessian: Tensor, scales: Tensor, spec: TrellisSpec) -> Tensor:
         """Block error feedback: int32 ``[row blocks, tiles, TILE]``."""
@@ -160,19 +164,25 @@ def _rotate(matrix: Tensor, signs: Tensor, block: int) -> Tensor:
     return hadamard_blocks((matrix * signs.to(matrix.device)).contiguous(), block)
 
 
+class CodeFit(NamedTuple):
+    """How the code is used for values of unit variance, and the mean squared error then."""
+
+    scale: float
+    distortion: float
+
+
 @cache
-def unit_scale(bits: int, state_bits: int) -> float:
-    """Scale of the code for values of unit variance, from a measurement on Gaussian ones."""
+def code_fit(bits: int, state_bits: int) -> CodeFit:
+    """The best scale of the code, from a measurement on Gaussian values."""
     values = torch.randn(64, TILE, generator=torch.Generator().manual_seed(0))
     code = trellis_code(state_bits)
     spread = float(code.std())
-    best, best_error = 1.0 / spread, torch.inf
-    for factor in (0.84 + 0.04 * step for step in range(16)):  # the more bits, the more the tails matter
-        scaled = code * (factor / spread)
-        error = float((scaled[trellis_path(values, scaled, bits).long()] - values).square().mean())
-        if error < best_error:
-            best, best_error = factor / spread, error
-    return best
+    fits = []
+    for step in range(16):  # the more bits, the more the tails matter
+        scale = (0.84 + 0.04 * step) / spread
+        found = code[trellis_path(values, code * scale, bits).long()] * scale
+        fits.append(CodeFit(scale, float((found - values).square().mean())))
+    return min(fits, key=lambda fit: fit.distortion)
 
 
 def _pack(states: Tensor, spec: TrellisSpec) -> Tensor:

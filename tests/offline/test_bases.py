@@ -186,3 +186,15 @@ def test_least_squares_table_is_the_optimum() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         assert (best <= error(table + 1e-3 * torch.randn(ROWS, 8, generator=generator)) * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_expected_errors_stand_to_each_other_as_the_real_ones(name: str) -> None:
+    layer = _layer()
+    expected, real = [], []
+    for bits in BASES[name].bits:
+        base = _base(name, bits)
+        expected.append(base.expected_error(layer))
+        real.append(layer.error(base.quantize(layer).weight()))
+    for one, other in itertools.pairwise(range(len(real))):
+        assert expected[other] / expected[one] == pytest.approx(real[other] / real[one], rel=0.6)

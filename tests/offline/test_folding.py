@@ -83,11 +83,11 @@ def test_awq_scales_lower_the_output_error_they_are_chosen_by(architecture: str)
     better = 0
     for fold in find_folds(model):
         weights = [layer.weight.data for layer in fold.consumers.values()]
-        hessian = inputs[next(iter(fold.consumers))].hessian
+        statistics = inputs[next(iter(fold.consumers))]
         scale = base.fold_scale(fold, inputs)
         assert (scale > 0).all()
-        chosen = base._loss(weights, fold.spread(scale), hessian)
-        plain = base._loss(weights, torch.ones(weights[0].shape[1]), hessian)
+        chosen = base._loss(weights, fold.spread(scale), statistics)
+        plain = base._loss(weights, torch.ones(weights[0].shape[1]), statistics)
         assert chosen <= plain
         better += chosen < plain
     assert better

@@ -9,7 +9,7 @@ from vllm_requant.format import QuantizedLayer
 from vllm_requant.kernels.reference import TILE, trellis_code, trellis_states
 from vllm_requant.offline.bases import LayerData, Qtip, Rtn
 from vllm_requant.offline.bases.feedback import block_feedback, upper_factor
-from vllm_requant.offline.bases.qtip import _pack, hadamard_block, trellis_path, unit_scale
+from vllm_requant.offline.bases.qtip import _pack, code_fit, hadamard_block, trellis_path
 from vllm_requant.offline.statistics import InputStatistics
 
 # Mean squared error on unit Gaussian values, the measurement of others for this code, open paths of 256.
@@ -52,7 +52,7 @@ def test_open_path_is_the_best_there_is(state_bits: int, bits: int) -> None:
 @pytest.mark.parametrize(("state_bits", "bits"), PUBLISHED)
 def test_gaussian_distortion_is_as_published(state_bits: int, bits: int) -> None:
     x = _gaussian(96, 256)
-    code = trellis_code(state_bits) * unit_scale(bits, state_bits)
+    code = trellis_code(state_bits) * code_fit(bits, state_bits).scale
     error = float((code[trellis_path(x, code, bits, rotations=0).long()] - x).square().mean())
     # the sample has a mean square of its own
     assert error / float(x.square().mean()) < 1.03 * PUBLISHED[state_bits, bits]
@@ -62,7 +62,7 @@ def test_gaussian_distortion_is_as_published(state_bits: int, bits: int) -> None
 def test_closing_a_string_costs_little(bits: int) -> None:
     """An open path has the free bits of its first window; over 1024 values they hardly count."""
     x = _gaussian(24, 1024)
-    code = trellis_code(12) * unit_scale(bits, 12)
+    code = trellis_code(12) * code_fit(bits, 12).scale
 
     def error(values: torch.Tensor, rotations: int) -> float:
         return float((code[trellis_path(values, code, bits, rotations=rotations).long()] - values).square().mean())
