@@ -1,0 +1,1 @@
+"""Measurements behind the defaults; nothing here is needed to convert or to serve."""
