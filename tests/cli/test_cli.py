@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import vllm_requant
 from tests import tiny
+from vllm_requant.cli.output import byte_size
 from vllm_requant.cli.serve import server_arguments
 
 FAST = ["--num-samples", "2", "--seq-len", "24", "--nodes", "2"]
@@ -162,9 +164,37 @@ def test_serve_hands_everything_to_vllm(checkpoint: Path) -> None:
     assert command[command.index("--model") + 1] == str(checkpoint)
 
 
+def test_a_sweep_prints_a_line_a_run_and_goes_on_where_it_stopped(source: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs.toml"
+    runs.write_text('[all]\nbase = "rtn"\noutliers = 0\nsignificant = 0\n[runs.four]\nbits = 4\n[runs.two]\nbits = 2\n')
+    arguments = ("sweep", source, "--runs", runs, "-o", tmp_path / "out.jsonl", "--seq-len", "32", "--max-tokens", "64")
+    assert requant(*arguments, "--only", "f*").stdout.startswith("four ")
+    assert requant(*arguments).stdout.startswith("two ")
+    results = json.loads(requant(*arguments, "--json").stdout)["results"]
+    assert [row["name"] for row in results] == ["four", "two"]
+    assert results[0]["scores"]["python-docs"]["kl_divergence"] < results[1]["scores"]["python-docs"]["kl_divergence"]
+    runs.write_text("[runs.a]\nbits = 5\n")
+    assert "run a: --bits 5" in one_line(requant(*arguments, status=2))
+    done = requant("sweep", source, "--runs", runs, "-o", tmp_path / "o", "--dataset", "c4", status=2)
+    assert "write NAME=TEXT" in one_line(done)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("90MB", 90_000_000), ("1.5GiB", 3 << 29), ("123456", 123456), ("2 KB", 2000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["90mb", "big", "1.2.3MB", ""])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"1\.5GiB"):
+        byte_size(text)
+
+
 def test_help_names_every_command() -> None:
     out = requant("--help").stdout
-    for name in ("convert", "inspect", "eval", "serve"):
+    for name in ("convert", "inspect", "eval", "serve", "sweep"):
         assert name in out
 
 
