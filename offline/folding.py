@@ -146,6 +146,7 @@ def apply_fold(fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
     scale = scale.to(producer.weight.device)
     if isinstance(producer, nn.Linear):
         rows = slice(fold.rows, fold.rows + fold.channels)
+        producer.weight.data = producer.weight.data.float()
         producer.weight.data[rows] /= scale[:, None]
         if producer.bias is not None:
             producer.bias.data[rows] /= scale
@@ -162,5 +163,5 @@ def apply_fold(fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
             bias.data /= scale
     spread = fold.spread(scale)
     for consumer in fold.consumers.values():
-        consumer.weight.data = consumer.weight.data * spread
+        consumer.weight.data = consumer.weight.data.float() * spread
     return scale

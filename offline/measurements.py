@@ -25,7 +25,7 @@ class Measurements:
     Attributes:
         recipe: how to measure.
         objective: F; None for a recipe that needs no calibration.
-        weights: w by layer, float32 ``[out_features, in_features]``.
+        weights: w by layer, ``[out_features, in_features]``.
         start: moments of the gradients at w, if they were collected.
         cache: where path integrals are kept.
         loss_original: F at w; None without calibration.
@@ -86,7 +86,8 @@ class Measurements:
     def sensitivity(self, name: str, restored: Mapping[str, Tensor], path: PathIntegral | None) -> Sensitivity:
         """What the metrics look at in one layer."""
         weight = self.weights[name]
-        return Sensitivity.of(name, weight, restored[name] - weight, self.start, path, self._generator)
+        delta = restored[name].float() - weight.float()
+        return Sensitivity.of(name, weight, delta, self.start, path, self._generator)
 
     def path(self, restored: Mapping[str, Tensor], label: str) -> PathIntegral | None:
         """The integral from w to w̃, if the recipe's metric looks at one."""

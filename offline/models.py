@@ -44,7 +44,8 @@ class CausalLM:
     """A loaded model.
 
     Attributes:
-        model: in evaluation mode, float32 parameters that hold values representable in ``dtype``.
+        model: in evaluation mode. The weights of the layers to quantize are in ``dtype``, everything else in float32,
+            with values representable in ``dtype``.
         tokenizer: its tokenizer.
         dtype: the 16-bit type in which unquantized tensors are stored.
         source: as the user gave it.
@@ -144,15 +145,41 @@ def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "au
         target = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
     # the 16-bit model is the reference: round once here, compute in float32 from there on. Buffers such as the
     # rotary frequencies are computed, not stored, and must not be rounded.
+    kept = _store_layers(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(target).float()
-    model = model.float().eval()
+        rounded = parameter.data.to(target)
+        parameter.data = rounded if id(parameter) in kept else rounded.float()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
+    model = model.eval()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.use_cache = False
     model.requires_grad_(False)
     commit = getattr(model.config, "_commit_hash", None)
     return CausalLM(model, tokenizer, target, source, commit)
+
+
+class StoredLinear(nn.Linear):
+    """A linear layer whose parameters are held in fewer bits than it computes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def _store_layers(model: nn.Module) -> set[int]:
+    """Let the decoder blocks' linear layers cast their weights when they run; identities of those weights."""
+    _, blocks = decoder_blocks(model)
+    kept = set()
+    for name, layer in list(blocks.named_modules()):
+        if type(layer) is nn.Linear:
+            stored = StoredLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            stored.weight, stored.bias = layer.weight, layer.bias
+            blocks.set_submodule(name, stored)
+            kept.add(id(layer.weight))
+    return kept
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

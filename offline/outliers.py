@@ -102,7 +102,7 @@ def largest_range_reduction(
 
 
 def _range_reduction(weight: Tensor, group_size: int) -> Tensor:
-    parts = grouped(weight, group_size)
+    parts = grouped(weight.float(), group_size)
     depth = min(_MAX_REMOVED, group_size)
     order = parts.abs().topk(depth, dim=2).indices
     left, squared = parts.clone(), []
@@ -142,7 +142,7 @@ def squeezellm_positions(
     masks = {name: _top(fisher[name], round(sensitive * weight.numel())) for name, weight in weights.items()}
     score = {}
     for name, weight in weights.items():
-        ordered = weight.flatten().sort().values
+        ordered = weight.flatten().float().sort().values
         q1, q3 = ordered[ordered.numel() // 4], ordered[ordered.numel() * 3 // 4]
         # the largest k for which the weight still counts as an outlier
         reach = (weight.abs() - torch.maximum(q3, -q1)) / (q3 - q1).clamp(min=1e-12)

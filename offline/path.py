@@ -20,7 +20,7 @@ class MovingLayer:
     """The state of one layer.
 
     Attributes:
-        start, end: w and w̃, ``[out_features, in_features]``.
+        start, end: w and w̃, ``[out_features, in_features]``, of any floating types.
         t: where between them the layer computes.
         share: what gradients are multiplied with before they are added up.
         gradient: float32 sum of gradients; None collects none.
@@ -40,7 +40,7 @@ class MovingLayer:
             return self.start.to(dtype)
         if self.t == 1.0:
             return self.end.to(dtype)
-        return torch.lerp(self.start, self.end, self.t).to(dtype)
+        return torch.lerp(self.start.float(), self.end.float(), self.t).to(dtype)
 
     def collect(self, grad_output: Tensor, x: Tensor) -> None:
         """Add ``share · grad_outputᵀ x``."""

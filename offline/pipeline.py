@@ -177,7 +177,8 @@ class _Run:
             }
         if self.objective is not None:
             # the stored weights, rounding of the residual included
-            stored = {name: layer.weight() for name, layer in layers.items()}
+            dtype = torch.float32 if self.recipe.compute == "float32" else self.lm.dtype
+            stored = {name: layer.weight().to(dtype) for name, layer in layers.items()}
             with self.stages.stage("final_loss"):
                 loss = self.measurements.loss(stored, "result")
             self.report |= {

@@ -109,7 +109,7 @@ class PathIntegral:
     def predicted(self) -> dict[str, float]:
         """Signed share of ΔF of every layer; the sum predicts ΔF."""
         return {
-            name: signed_share(gradient, self.end[name] - self.start[name])
+            name: signed_share(gradient, self.end[name].float() - self.start[name].float())
             for name, gradient in self.moments.gradient.items()
         }
 
@@ -219,7 +219,9 @@ class Objective:
         count = len(self.tokens)
         ticks = iter(track(range(count * len(path)), label, total=count * len(path)))
         with moving_layers(self.layers, end) as states, self._training():
-            gradient = {name: torch.zeros(s.start.shape, device=device) for name, s in states.items()}
+            gradient = {
+                name: torch.zeros(s.start.shape, dtype=torch.float32, device=device) for name, s in states.items()
+            }
             square = {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {}
             for name, state in states.items():
                 state.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]

@@ -27,7 +27,7 @@ class LayerQuantizer:
 
     Attributes:
         recipe: names the base and its options.
-        weights: w by layer, float32 ``[out_features, in_features]``.
+        weights: w by layer, ``[out_features, in_features]``.
         inputs: statistics of the inputs, of layers for which they were collected.
         start: moments of the gradients at w, if they were collected.
         cache: where layers that were quantized without a sparse part are kept.
@@ -97,15 +97,25 @@ class LayerQuantizer:
 
     def no_masks(self) -> Masks:
         """Masks of an empty sparse part."""
-        return {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+        return {
+            name: torch.zeros((), dtype=torch.bool, device=weight.device).expand_as(weight)
+            for name, weight in self.weights.items()
+        }
 
     def restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
-        """w̃: dense weights with the masked positions at full precision."""
-        return {name: torch.where(masks[name], self.weights[name], dense[name].weight()) for name in dense}
+        """w̃: dense weights with the masked positions at full precision.
+
+        In float32, or if the recipe computes in bfloat16 in the type of the original, which halves them.
+        """
+        dtype = torch.float32 if self.recipe.compute == "float32" else None
+        return {
+            name: torch.where(masks[name], weight.float(), dense[name].weight()).to(dtype or weight.dtype)
+            for name, weight in self.weights.items()
+        }
 
     def _base(self, name: str) -> Base:
         return self.recipe.make_base(self.precision[name])
 
     def _layer(self, name: str) -> LayerData:
         fisher = self.start.square[name] if self.start is not None else None
-        return LayerData(self.weights[name], fisher=fisher, inputs=self.inputs.get(name))
+        return LayerData(self.weights[name].float(), fisher=fisher, inputs=self.inputs.get(name))

@@ -169,7 +169,7 @@ class Sweep:
         conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None, cache=self.cache)
         seconds = time.monotonic() - started
         for name, layer in find_layers(lm.model).items():
-            layer.weight.data = conversion.layers[name].weight()
+            layer.weight.data = conversion.layers[name].weight()  # exact, in float32
         scores = {}
         for name, (windows, original, conditions) in reference.items():
             measured = compare(windows, predictions(lm.model, windows), original)

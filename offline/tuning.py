@@ -156,7 +156,7 @@ def tune(
         The tuned layers, and the divergence before each step, in nats a token.
     """
     model, layers = objective.model, objective.layers
-    original = {name: weight.clone() for name, weight in objective.start.items()}
+    original = objective.start
     parts = {name: tunable(layer) for name, layer in dense.items()}
     norm_parameters = norm_weights(model, layers) if norms else []
     norm_originals = [parameter.data.clone() for parameter in norm_parameters]
@@ -171,7 +171,7 @@ def tune(
     )
 
     def placed(name: str) -> Tensor:
-        return torch.where(masks[name], original[name], parts[name].weight())
+        return torch.where(masks[name], original[name].float(), parts[name].weight())
 
     divergence = []
     end = {name: placed(name) for name in parts}

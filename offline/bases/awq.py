@@ -39,7 +39,7 @@ class Awq(UniformBase):
         Returns:
             float32 ``[channels]``, positive; ones where nothing is better.
         """
-        weights = [_some_rows(layer.weight.data) for layer in fold.consumers.values()]
+        weights = [_some_rows(layer.weight.data).float() for layer in fold.consumers.values()]
         statistics = inputs[next(iter(fold.consumers))]
         activation = fold.per_channel(statistics.mean_abs).clamp(min=1e-8)
         magnitude = fold.per_channel(self._relative_magnitude(weights)).clamp(min=1e-4)
