@@ -1,0 +1,55 @@
+"""A sweep as a Markdown table: each base, ReQuant in the same number of bits, and the share of the gap that it closes.
+
+    python -m vllm_requant.offline.studies.table methods.jsonl
+
+Runs NAME and NAME-SUFFIX make a row each; a suffix other than "requant" is a control or an ablation.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["gap_closed", "table"]
+
+
+def gap_closed(original: float, base: float, ours: float) -> float:
+    """Share of ``base − original`` by which ``ours`` is below ``base``."""
+    return (base - ours) / (base - original)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown of a sweep's results.
+
+    Args:
+        results: objects of the file that a sweep writes; a base comes before what is compared with it.
+    """
+    by_name = {row["name"]: row for row in results}
+    texts = list(results[0]["scores"])
+    head = ["run", "bits"] + [f"{text} {what}" for text in texts for what in ("perplexity", "KL", "gap closed")]
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for name, row in sorted(by_name.items()):
+        base = next((by_name[other] for other in by_name if name.startswith(f"{other}-")), None)
+        cells = [name, f"{row['bits_per_weight']:.3f}"]
+        for text in texts:
+            score = row["scores"][text]
+            cells += [f"{score['perplexity']:.2f}", f"{score['kl_divergence']:.4f}"]
+            if base is None:
+                cells.append("")
+                continue
+            other = base["scores"][text]
+            share = gap_closed(score["reference_perplexity"], other["perplexity"], score["perplexity"])
+            cells.append(f"{share:.0%} (KL {gap_closed(0.0, other['kl_divergence'], score['kl_divergence']):.0%})")
+        lines.append(" | ".join(cells))
+    original = ", ".join(f"{text} {results[0]['scores'][text]['reference_perplexity']:.2f}" for text in texts)
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\nOriginal: {original}.\n"
+
+
+def main(results: Annotated[Path, typer.Argument(help="File that requant sweep wrote.", exists=True)]) -> None:
+    """Print the table."""
+    typer.echo(table([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
