@@ -2,9 +2,8 @@
 
 The metric tells what every layer adds to the loss; a path integral splits ΔF over them exactly. Other precisions of a
 layer are scaled by the error that they make in its output, which gives the cost of every option; a greedy allocation
-follows. What the sparse part takes is
-tried in steps, each with the allocation of the rest, and the calibration loss of the candidates decides, that of one
-precision for all layers among them. All of this is our own choice.
+follows. What the sparse part takes is tried in steps, each with the allocation of the rest, and the calibration loss of
+the candidates decides, that of one precision for all layers among them. All of this is our own choice.
 """
 
 import logging
@@ -82,33 +81,9 @@ class BudgetSearch:
                 precision: self.quantizer.expected_error(precision, f"expected error, {_describe(precision)}")
                 for precision in self.recipe.precisions
             }
-        with self.stages.stage("allocation"):
-            given = self._sparse_shares()[0][0] * self.numel  # 0 if the share is to be chosen
-            fitting = [p for p in self.recipe.precisions if self._dense_bits(self._uniform(p)) + given <= self.budget]
-            smallest = min(self.recipe.precisions, key=lambda p: self._dense_bits(self._uniform(p)))
-            now = self._uniform(max(fitting, key=lambda p: self._dense_bits(self._uniform(p)), default=smallest))
-            # without a path there is nothing to learn from a second look
-            for number in range(self.recipe.rounds if self.measurements.metric.needs_path else 1):
-                label = f"budget, round {number + 1}"
-                restored = self.quantizer.restored(self._quantize(now, label), self.quantizer.no_masks())
-                path = self.measurements.path(restored, label)
-                shares = self.measurements.shares(restored, path)
-                del restored
-                if number == 0 and fitting:
-                    self._try(now, self.budget - self._dense_bits(now), path, "one precision")
-                costs = self._costs(now, shares)
-                for share, label in self._sparse_shares():
-                    room = share * self.numel
-                    if share and room > self.budget - self._dense_bits(self._uniform(smallest)):
-                        continue
-                    chosen = allocate(self.size, costs, self.budget - room)
-                    left = self.budget - self._dense_bits(chosen) if share else 0.0
-                    self._try(chosen, left, path, label)
-                    if share and BASES[self.recipe.base].usual_shares[0] and self.recipe.significant is None:
-                        self._try(chosen, left, path, f"{label}, half of it outliers", outlier_part=0.5)
-                assert self.best is not None
-                now = self.best[1]
-                del path
+        # without a path there is nothing to learn from a second look
+        for number in range(self.recipe.rounds if self.measurements.metric.needs_path else 1):
+            self._round(f"budget, round {number + 1}")
         assert self.best is not None
         _, precisions, dense, masks = self.best
         self.quantizer.precision = precisions
@@ -122,6 +97,36 @@ class BudgetSearch:
             }
         }
         return Selection(dense, masks, report)
+
+    def _round(self, label: str) -> None:
+        """Look at the best precisions known, allocate anew, and measure candidates."""
+        first = self.best is None
+        now, fits = self._largest_uniform() if self.best is None else (self.best[1], True)
+        restored = self.quantizer.restored(self._quantize(now, label), self.quantizer.no_masks())
+        with self.stages.stage("integral"):
+            path = self.measurements.path(restored, label)
+            costs = self._costs(now, self.measurements.shares(restored, path))
+        del restored
+        if first and fits:
+            self._try(now, self.budget - self._dense_bits(now), path, "one precision")
+        for share, what in self._sparse_shares():
+            room = self.budget - share * self.numel
+            if share and room < self._dense_bits(self._smallest_uniform()):
+                continue
+            chosen = allocate(self.size, costs, room)
+            left = self.budget - self._dense_bits(chosen) if share else 0.0
+            self._try(chosen, left, path, what)
+            if share and BASES[self.recipe.base].usual_shares[0] and self.recipe.significant is None:
+                self._try(chosen, left, path, f"{what}, half of it outliers", outlier_part=0.5)
+
+    def _smallest_uniform(self) -> Precisions:
+        return min(map(self._uniform, self.recipe.precisions), key=self._dense_bits)
+
+    def _largest_uniform(self) -> tuple[Precisions, bool]:
+        """The largest precision that fits for all layers, or the smallest; and whether it fits."""
+        given = self._sparse_shares()[0][0] * self.numel  # 0 if the share is to be chosen
+        fitting = [p for p in map(self._uniform, self.recipe.precisions) if self._dense_bits(p) + given <= self.budget]
+        return max(fitting, key=self._dense_bits, default=self._smallest_uniform()), bool(fitting)
 
     def _sparse_shares(self) -> list[tuple[float, str]]:
         """Bits a weight for the sparse part, and what to call them."""
@@ -182,7 +187,8 @@ class BudgetSearch:
                 scores = self.measurements.scores(self.quantizer.restored(dense, masks), path)
             masks = self._detach(scores, masks, room) if self.recipe.significant is None else self._detach_given(scores)
             del scores
-        loss = self.measurements.loss(self.quantizer.restored(dense, masks), label)
+        with self.stages.stage("candidates"):
+            loss = self.measurements.loss(self.quantizer.restored(dense, masks), label)
         nnz = sum(int(mask.sum()) for mask in masks.values())
         log.info("candidate: %s, %d sparse weights: calibration loss %.5f", label, nnz, loss)
         self.candidates.append({"what": label, "nnz": nnz, "calibration_loss": loss})
