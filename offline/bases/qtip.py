@@ -16,15 +16,14 @@ from vllm_requant.format import TrellisSpec
 from vllm_requant.kernels.bitstream import pack_codes
 from vllm_requant.kernels.reference import TILE, hadamard_blocks, trellis_code
 
-from ..native import library
 from .base import Base, DenseLayer, LayerData, Need
 from .feedback import block_feedback
 from .uniform import SMALLEST_SCALE
+from .viterbi import trellis_path
 
-__all__ = ["CodeFit", "Qtip", "code_fit", "hadamard_block", "trellis_path"]
+__all__ = ["CodeFit", "Qtip", "code_fit", "hadamard_block"]
 
 _BLOCKS = (128, 64, 32, 16)
-_ROTATIONS = 1  # tries to close a string; more gain less than 1 %
 _SIGNS_SEED = 0x7E111
 _LAZY = 128  # columns after which the feedback reaches all that follow
 
@@ -39,30 +38,6 @@ def hadamard_block(features: int) -> int:
         if features % block == 0:
             return block
     raise ValueError(f"{features} features are not a multiple of {_BLOCKS[-1]}, which the trellis needs")
-
-
-def trellis_path(values: Tensor, code: Tensor, bits: int, *, rotations: int = _ROTATIONS) -> Tensor:
-    """States of the best closed paths.
-
-    Args:
-        values: float32 ``[sequences, length]``.
-        code: float32 ``[2**state_bits]``, the value of every state.
-        bits: K.
-        rotations: tries to close the circle; 0 leaves the paths open.
-
-    Returns:
-        int32 ``[sequences, length]``; state ``i`` is the window of a circular bit string that starts at bit ``i·bits``.
-    """
-    x = values.to("cpu", torch.float32).contiguous()
-    table = code.to("cpu", torch.float32).contiguous()
-    states = torch.empty(x.shape, dtype=torch.int32)
-    state_bits = table.numel().bit_length() - 1
-    status = library().requant_viterbi(
-        x.data_ptr(), *x.shape, state_bits, bits, table.data_ptr(), rotations, states.data_ptr()
-    )
-    if status:
-        raise ValueError(f"no trellis has {state_bits} state bits and {bits} bits a value")
-    return states
 
 
 class Qtip(Base):
@@ -99,7 +74,7 @@ class Qtip(Base):
     def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
         weight = layer.weight if removed is None else layer.weight.masked_fill(removed, 0.0)
         spec = self.spec(*weight.shape[::-1])
-        signs_in, signs_out = _signs(spec.in_features), _signs(spec.out_features)
+        signs_in, signs_out = (_signs(n).to(weight.device) for n in (spec.in_features, spec.out_features))
         rotated = _rotate(_rotate(weight, signs_in, spec.block_in).t(), signs_out, spec.block_out).t()
         hessian = _rotate(_rotate(layer.require_inputs().hessian, signs_in, spec.block_in).t(), signs_in, spec.block_in)
         scales = self._scales(rotated, spec)
@@ -128,13 +103,14 @@ class Qtip(Base):
     def _states(self, rotated: Tensor, hessian: Tensor, scales: Tensor, spec: TrellisSpec) -> Tensor:
         """Block error feedback: int32 ``[row blocks, tiles, TILE]``."""
         width, rows = spec.tile_columns, spec.block_out
-        code = trellis_code(self.state_bits)
+        code = trellis_code(self.state_bits).to(rotated.device)
         # a scale of 0 stands for a block of zeros
         by_block = scales.float().clamp(min=SMALLEST_SCALE)
         by_column = by_block.repeat_interleave(spec.block_in, 1).repeat_interleave(rows, 0)
         feedback = block_feedback(hessian, width)
         target = rotated.contiguous().clone()
-        states = torch.empty(spec.out_features // rows, spec.in_features // width, TILE, dtype=torch.int32)
+        shape = spec.out_features // rows, spec.in_features // width, TILE
+        states = torch.empty(shape, dtype=torch.int32, device=rotated.device)
         for begin in range(0, spec.in_features, _LAZY):
             end = min(begin + _LAZY, spec.in_features)
             errors = torch.empty(spec.out_features, end - begin, device=rotated.device)
@@ -144,7 +120,7 @@ class Qtip(Base):
                 strings = (target[:, at] / by_column[:, at]).view(-1, rows, width).transpose(1, 2).reshape(-1, TILE)
                 path = trellis_path(strings, code, self.width)
                 states[:, first // width] = path
-                value = code[path.long()].view(-1, width, rows).transpose(1, 2).reshape(-1, width).to(rotated.device)
+                value = code[path.long()].view(-1, width, rows).transpose(1, 2).reshape(-1, width)
                 error = rotated[:, at] - value * by_column[:, at]
                 errors[:, first - begin : first - begin + width] = error
                 target[:, at.stop : end] += error @ feedback[at, at.stop : end]

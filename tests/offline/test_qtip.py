@@ -9,7 +9,8 @@ from vllm_requant.format import QuantizedLayer
 from vllm_requant.kernels.reference import TILE, trellis_code, trellis_states
 from vllm_requant.offline.bases import LayerData, Qtip, Rtn
 from vllm_requant.offline.bases.feedback import block_feedback, upper_factor
-from vllm_requant.offline.bases.qtip import _pack, code_fit, hadamard_block, trellis_path
+from vllm_requant.offline.bases.qtip import _pack, code_fit, hadamard_block
+from vllm_requant.offline.bases.viterbi import closed_paths, trellis_path
 from vllm_requant.offline.statistics import InputStatistics
 
 # Mean squared error on unit Gaussian values, the measurement of others for this code, open paths of 256.
@@ -78,6 +79,19 @@ def test_more_rotations_are_never_worse() -> None:
     errors = [(code[trellis_path(x, code, 2, rotations=r).long()] - x).square().sum(1) for r in (1, 2, 4)]
     # the first try is among those of two, and so on
     assert all((later <= earlier + 1e-4).all() for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("rotations", [0, 1, 3])
+@pytest.mark.parametrize("bits", [1, 2, 5])
+def test_tensor_operations_find_paths_as_good(bits: int, rotations: int) -> None:
+    """They serve other devices than the CPU."""
+    x, code = _gaussian(20, 48), trellis_code(10) * code_fit(bits, 10).scale
+    native = trellis_path(x, code, bits, rotations=rotations).long()
+    tensor = closed_paths(x, code, bits, rotations=rotations).long()
+    expected, found = ((code[states] - x).square().sum(1) for states in (native, tensor))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    windows = tensor if rotations == 0 else torch.cat([tensor, tensor[:, :1]], dim=1)
+    assert torch.equal(windows[:, 1:] & ((1 << (10 - bits)) - 1), windows[:, :-1] >> bits)
 
 
 def test_impossible_trellis_is_refused() -> None:
