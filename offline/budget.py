@@ -116,7 +116,9 @@ class BudgetSearch:
             chosen = allocate(self.size, costs, room)
             left = self.budget - self._dense_bits(chosen) if share else 0.0
             self._try(chosen, left, path, what)
-            if share and BASES[self.recipe.base].usual_shares[0] and self.recipe.significant is None:
+            # outliers lie in all layers, whose pointers they have to pay for
+            affordable = 0.5 * left > sum(map(self._pointer_bits, self.weights))
+            if affordable and BASES[self.recipe.base].usual_shares[0] and self.recipe.significant is None:
                 self._try(chosen, left, path, f"{what}, half of it outliers", outlier_part=0.5)
 
     def _smallest_uniform(self) -> Precisions:
@@ -132,7 +134,7 @@ class BudgetSearch:
         """Bits a weight for the sparse part, and what to call them."""
         if self.recipe.significant is not None:
             sparse = self.recipe.significant
-            pointers = sum(self._pointer_bits(name) for name in self.weights) / self.numel if sparse else 0.0
+            pointers = sum(map(self._pointer_bits, self.weights)) / self.numel if sparse else 0.0
             return [(sparse * self._element_bits() + pointers, f"{sparse:.2%} sparse")]
         return [(share * self._element_bits(), f"{share:.2%} sparse") for share in _SHARES]
 
@@ -198,8 +200,7 @@ class BudgetSearch:
     def _outliers(self, scores: Mapping[str, Tensor], room: float) -> Masks:
         numel = {name: weight.numel() for name, weight in self.weights.items()}
         mean = {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
-        room -= sum(self._pointer_bits(name) for name in self.weights)
-        budget = max(int(room / self._element_bits()), 0)
+        budget = int((room - sum(map(self._pointer_bits, self.weights))) / self._element_bits())
         return outliers.largest_magnitude(self.weights, outliers.adaptive_counts(mean, numel, budget, _OUTLIER_TAU))
 
     def _detach_given(self, scores: Mapping[str, Tensor]) -> Masks:
