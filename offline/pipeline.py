@@ -159,7 +159,15 @@ class _Run:
         start = self._measure()
         # after folding: from here on the rescaled weights are the original
         self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
-        self.quantizer = LayerQuantizer(self.recipe, self.weights, self.inputs, start, self.cache)
+        self.quantizer = LayerQuantizer(
+            self.recipe,
+            self.weights,
+            self.inputs,
+            start,
+            self.cache,
+            # the paper's algorithms look at the base's own errors, the search for a size at those that will remain
+            refit_first=self.refits and self.recipe.has_target,
+        )
         self.measurements = Measurements(self.recipe, self.objective, self.weights, start, self.cache, loss_original)
         selection = self._select()
         self.report |= selection.report

@@ -31,6 +31,8 @@ class LayerQuantizer:
         inputs: statistics of the inputs, of layers for which they were collected.
         start: moments of the gradients at w, if they were collected.
         cache: where layers that were quantized without a sparse part are kept.
+        refit_first: whether layers are refitted as soon as they are quantized, so that what is chosen later fits the errors
+            that remain.
         precision: of every layer; may be changed between calls.
     """
 
@@ -39,6 +41,7 @@ class LayerQuantizer:
     inputs: Mapping[str, InputStatistics]
     start: GradientMoments | None
     cache: TensorCache
+    refit_first: bool = False
     precision: dict[str, Precision] = field(init=False)
     _pool: dict[tuple[str, Precision], DenseLayer] = field(default_factory=dict, repr=False)
 
@@ -55,7 +58,7 @@ class LayerQuantizer:
         """
         if removed is not None:
             return {
-                name: self._base(name).quantize(self._layer(name), removed[name])
+                name: self._quantize(self._base(name), self._layer(name), removed[name])
                 for name in track(self.weights, label, total=len(self.weights))
             }
         missing = [name for name in self.weights if (name, self.precision[name]) not in self._pool]
@@ -67,15 +70,24 @@ class LayerQuantizer:
         layer, base = self._layer(name), self._base(name)
 
         def key() -> str:
+            needs = base.needs | (base.refit_needs if self.refit_first else frozenset())
             seen = [layer.weight]
-            if Need.INPUTS in base.needs:
+            if Need.INPUTS in needs:
                 seen.append(layer.require_inputs().hessian)
-            if Need.FISHER in base.needs:
+            if Need.FISHER in needs:
                 seen.append(layer.require_fisher())
-            return fingerprint(*seen, base=base.name, version=vllm_requant.__version__, **vars(base))
+            settings = {"base": base.name, "refit": self.refit_first, "version": vllm_requant.__version__}
+            return fingerprint(*seen, **settings, **vars(base))
 
-        tensors = self.cache.get(key, layer.weight.device, lambda: base.quantize(layer).tensors)
+        tensors = self.cache.get(key, layer.weight.device, lambda: self._quantize(base, layer, None).tensors)
         return DenseLayer(base.spec(*layer.weight.shape[::-1]), tensors)
+
+    def _quantize(self, base: Base, layer: LayerData, removed: Tensor | None) -> DenseLayer:
+        dense = base.quantize(layer, removed)
+        if not self.refit_first:
+            return dense
+        none = torch.zeros((), dtype=torch.bool, device=layer.weight.device).expand_as(layer.weight)
+        return base.refit(layer, dense, none if removed is None else removed)
 
     def expected_error(self, precision: Precision, label: str) -> dict[str, float]:
         """About the error of every layer at a precision, comparable between precisions of one layer only."""
