@@ -31,8 +31,8 @@ class LayerQuantizer:
         inputs: statistics of the inputs, of layers for which they were collected.
         start: moments of the gradients at w, if they were collected.
         cache: where layers that were quantized without a sparse part are kept.
-        refit_first: whether layers are refitted as soon as they are quantized, so that what is chosen later fits the errors
-            that remain.
+        refit_first: whether layers are refitted as soon as they are quantized, so that what is chosen later fits the
+            errors that remain.
         precision: of every layer; may be changed between calls.
     """
 
