@@ -157,6 +157,10 @@ class _Run:
             with self.stages.stage("original_loss"):
                 loss_original = self.objective.loss(label="loss of the original")
         start = self._measure()
+        if self.objective is not None:
+            # tuning changes the norms, and the fold of a base has done so before
+            norms = tuple((p, p.data.clone()) for p in norm_weights(self.model, self.layers))
+            self.objective = replace(self.objective, originals=norms)
         # after folding: from here on the rescaled weights are the original
         self.weights: dict[str, Tensor] = {name: layer.weight.data for name, layer in self.layers.items()}
         self.quantizer = LayerQuantizer(
@@ -265,19 +269,29 @@ class _Run:
         return refitted if after < before else dense
 
     def _tune(self, dense: Dense, masks: Masks) -> Dense:
+        """Tune scales, tables and norms. Steps that are too large for a good model make it worse: the loss decides."""
         assert self.objective is not None
         assert self.tokens is not None
-        objective = replace(self.objective, tokens=self.tokens)
-        tuned, divergence = tune(objective, dense, masks, epochs=self.recipe.tune_epochs)
-        for parameter in norm_weights(self.model, self.layers):
-            parameter.data = parameter.data.to(self.lm.dtype).float()  # as they will be stored
-        span = min(len(self.tokens), len(divergence))
-        first, last = (sum(part) / span for part in (divergence[:span], divergence[-span:]))
-        log.info(
-            "tuning: divergence from the original %.4f nats a token in the first pass, %.4f in the last", first, last
+        before = self.measurements.loss(self.quantizer.restored(dense, masks), "before tuning")
+        tuned, divergence = tune(
+            replace(self.objective, tokens=self.tokens), dense, masks, epochs=self.recipe.tune_epochs
         )
-        self.report["tuning"] = {"epochs": self.recipe.tune_epochs, "divergence": divergence}
-        return tuned
+        for parameter, _ in self.objective.originals:
+            parameter.data = parameter.data.to(self.lm.dtype).float()  # as they will be stored
+        after = self.measurements.loss(self.quantizer.restored(tuned, masks), "after tuning")
+        kept = after < before
+        if not kept:
+            for parameter, original in self.objective.originals:
+                parameter.data = original
+        log.info("tuning: calibration loss %.5f before, %.5f after", before, after)
+        self.report["tuning"] = {
+            "epochs": self.recipe.tune_epochs,
+            "divergence": divergence,
+            "calibration_loss_before": before,
+            "calibration_loss_after": after,
+            "kept": kept,
+        }
+        return tuned if kept else dense
 
     # the report -----------------------------------------------------------------------------------------------
 

@@ -127,6 +127,8 @@ class Objective:
         compute: "float32", or "bfloat16" for mixed precision, about twice as fast and half the activations; F itself
             is then the loss in that precision, for the gradients and for the actual ΔF alike.
         checkpointing: keep the activations of block borders only and compute the others again.
+        originals: parameters outside the layers that something has changed or will change, and what they are when the
+            original predicts.
         accumulate_on: device of the accumulated gradients; None for the model's. "cpu" frees the memory of a GPU.
     """
 
@@ -137,6 +139,7 @@ class Objective:
     compute: str = "float32"
     checkpointing: bool = False
     accumulate_on: str | None = None
+    originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +156,7 @@ class Objective:
         losses = []
         with torch.no_grad(), moving_layers(self.layers, weights or self.start) as states:
             for row in track(self.tokens, label, total=len(self.tokens)):
-                teacher = self._teacher(row, states)
+                teacher = self._labels(row, states)
                 for state in states.values():
                     state.t = 1.0
                 losses.append(float(self._sequence_loss(row, teacher)))
@@ -227,7 +230,7 @@ class Objective:
                 state.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]
             # each sequence walks the whole path before the next: its path-averaged gradient is what gets squared
             for row in self.tokens:
-                teacher = self._teacher(row, states)
+                teacher = self._labels(row, states)
                 for t, a in path:
                     next(ticks)
                     for state in states.values():
@@ -249,14 +252,22 @@ class Objective:
             logits = self.model(tokens[None]).logits[0, :-1]
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def _teacher(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor | None:
-        """The predictions at w, if they are the labels."""
-        if self.labels == "text":
-            return None
+    @torch.no_grad()
+    def teacher(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor:
+        """The original's predictions, as :meth:`log_probabilities`; leaves the layers at w."""
         for state in states.values():
             state.t = 0.0
-        with torch.no_grad():
+        now = [parameter.data for parameter, _ in self.originals]
+        for parameter, original in self.originals:
+            parameter.data = original
+        try:
             return self.log_probabilities(tokens)
+        finally:
+            for (parameter, _), data in zip(self.originals, now, strict=True):
+                parameter.data = data
+
+    def _labels(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor | None:
+        return None if self.labels == "text" else self.teacher(tokens, states)
 
     def _sequence_loss(self, tokens: Tensor, teacher: Tensor | None) -> Tensor:
         """F of one sequence, int64 ``[seq_len]``."""

@@ -9,6 +9,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def tune(
     masks: Mapping[str, Tensor],
     *,
     epochs: int,
-    rate: float = 0.01,
+    rate: float = 0.001,
     norms: bool = True,
 ) -> tuple[dict[str, DenseLayer], list[float]]:
     """Tune scales and tables, and the model's norms in place.
@@ -159,7 +160,8 @@ def tune(
     original = objective.start
     parts = {name: tunable(layer) for name, layer in dense.items()}
     norm_parameters = norm_weights(model, layers) if norms else []
-    norm_originals = [parameter.data.clone() for parameter in norm_parameters]
+    originals = tuple((parameter, parameter.data.clone()) for parameter in norm_parameters)
+    objective = replace(objective, originals=originals)
     tuned = [part.parameter for part in parts.values()] + [parameter.data for parameter in norm_parameters]
     optimizer = torch.optim.Adam(
         [{"params": [tensor], "lr": rate * float(tensor.square().mean().sqrt())} for tensor in tuned], betas=(0.9, 0.95)
@@ -178,19 +180,13 @@ def tune(
     with moving_layers(layers, end) as states:
         for step in track(range(steps), "tuning", total=steps):
             row = objective.tokens[step % len(objective.tokens)]
-            with torch.no_grad():
-                _set(states, t=0.0, gradients=False)
-                tuned_norms = [parameter.data for parameter in norm_parameters]
-                for parameter, first in zip(norm_parameters, norm_originals, strict=True):
-                    parameter.data = first
-                teacher = objective.log_probabilities(row)
-                for parameter, now in zip(norm_parameters, tuned_norms, strict=True):
-                    parameter.data = now
-            _set(states, t=1.0, gradients=True)
+            teacher = objective.teacher(row, states)
+            for state in states.values():
+                state.t, state.gradient = 1.0, torch.zeros_like(state.start, dtype=torch.float32)
             for parameter in norm_parameters:
                 parameter.requires_grad_(True)
             student = objective.log_probabilities(row)
-            loss = (teacher.exp() * (teacher - student)).sum(-1).mean()
+            loss = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
             loss.backward()
             divergence.append(float(loss.detach()))
             for name, part in parts.items():
@@ -205,9 +201,3 @@ def tune(
             for name in parts:
                 states[name].end.copy_(placed(name))
     return {name: part.result() for name, part in parts.items()}, divergence
-
-
-def _set(states: Mapping[str, Any], *, t: float, gradients: bool) -> None:
-    for state in states.values():
-        state.t = t
-        state.gradient = torch.zeros(state.start.shape, device=state.start.device) if gradients else None

@@ -164,7 +164,26 @@ def test_tuning_lowers_the_loss_of_the_result(tmp_path: Path, base: str) -> None
         for name, layer in find_layers(lm.model).items():
             layer.weight.data = conversion.layers[name].weight()
         torch.testing.assert_close(restored(tokens).logits, lm.model(tokens).logits, rtol=1e-4, atol=1e-4)
+        decision = conversion.report["tuning"]
+        assert (decision is None) is (epochs == 0)
     assert loss[6] < loss[0]
+
+
+@pytest.mark.parametrize("base", ["awq", "qtip"])
+def test_tuned_norms_do_not_move_the_original(tmp_path: Path, base: str) -> None:
+    """The divergence in the report is that from the model as it came."""
+    source = tiny.save(tmp_path / "in")
+    lm, conversion = _convert(source, tmp_path / "out", base=base, bits=2, tune_epochs=8, labels="model")
+    assert conversion.report["tuning"]["kept"]
+    tokens = load_calibration(
+        "self", load_causal_lm(str(source)).model, lm.tokenizer, num_samples=3, seq_len=24, seed=0
+    )
+    original, quantized = (
+        torch.log_softmax(model(tokens.tokens).logits[:, :-1].float(), -1)
+        for model in (load_causal_lm(str(source)).model, hf.load_dequantized(tmp_path / "out"))
+    )
+    divergence = (original.exp() * (original - quantized)).sum(-1).mean()
+    assert conversion.report["calibration_loss"] == pytest.approx(float(divergence), rel=1e-2)
 
 
 @pytest.mark.parametrize("base", ["gptq", "squeezellm", "qtip"])

@@ -55,7 +55,7 @@ def test_tuning_lowers_the_divergence(kind: str, norms: bool) -> None:
     for mask in masks.values():
         mask[:, ::11] = True
     others = {name: p.clone() for name, p in model.named_parameters()}
-    result, divergence = tune(objective, dense, masks, epochs=8, norms=norms)
+    result, divergence = tune(objective, dense, masks, epochs=8, rate=0.01, norms=norms)
     assert len(divergence) == 32
     first, last = sum(divergence[:4]), sum(divergence[-4:])
     # a trellis has a scale for every pair of blocks and little else to tune
