@@ -146,10 +146,11 @@ class _Run:
         self.refits = self._refits()
         self.objective: Objective | None = None
         if self.tokens is not None:
-            looked_at = self.tokens[: self.recipe.path_samples]
+            apart = self.recipe.path_samples
             self.objective = Objective(
-                self.model, self.layers, looked_at, labels=self.recipe.labels, compute=self.recipe.compute
+                self.model, self.layers, self.tokens[:apart], labels=self.recipe.labels, compute=self.recipe.compute
             )
+            self.tokens = self.tokens[apart:]  # what statistics and tuning see
 
     def convert(self) -> Conversion:
         loss_original = None

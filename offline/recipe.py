@@ -54,8 +54,9 @@ class Recipe:
         tune_epochs: passes over the calibration set in which scales, tables and norms are tuned at the end.
         quadrature, nodes: how the path is integrated.
         labels: what F measures, a key of ``LABELS``.
-        path_samples: calibration sequences that losses and path integrals look at; None for all. The cheaper
-            statistics and tuning look at all of them.
+        path_samples: so many of the calibration sequences are set apart for losses, gradients and path integrals, and
+            statistics of the inputs and tuning see only the others: a loss on text that codes and tables were fitted
+            to is too good. None uses all sequences for everything.
         compute: precision of the gradients, a key of ``COMPUTE_DTYPES``.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
@@ -130,6 +131,8 @@ class Recipe:
         ):
             if value is not None and value < 1:
                 raise RecipeError(f"{flag} {value}: must be at least 1")
+        if self.path_samples is not None and self.path_samples >= self.num_samples:
+            raise RecipeError(f"--path-samples {self.path_samples}: must be less than --num-samples {self.num_samples}")
         if self.seq_len < 2:
             raise RecipeError(f"--seq-len {self.seq_len}: must be at least 2")
         if self.tune_epochs < 0:

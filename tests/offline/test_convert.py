@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 from tests import tiny
 from vllm_requant import hf
 from vllm_requant.format.reader import Checkpoint
+from vllm_requant.offline import pipeline
 from vllm_requant.offline.calibration import CalibrationError, load_calibration
 from vllm_requant.offline.metrics import METRICS
 from vllm_requant.offline.models import ModelError, find_layers, load_causal_lm, skeleton
 from vllm_requant.offline.pipeline import plan
+from vllm_requant.offline.pqi import Objective
 from vllm_requant.offline.recipe import Recipe, RecipeError
 from vllm_requant.offline.save import convert_and_save
+from vllm_requant.offline.statistics import input_statistics
 
 SMALL = {"num_samples": 3, "seq_len": 24, "nodes": 2, "outliers": 0.01, "significant": 0.004}
 
@@ -198,6 +201,25 @@ def test_refit_never_raises_the_calibration_loss(tmp_path: Path, base: str) -> N
     assert loss[True] <= loss[False] + 1e-4
 
 
+def test_losses_are_measured_on_sequences_set_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    loss = Objective.loss
+
+    def statistics(model, layers, tokens, **settings):  # type: ignore[no-untyped-def]
+        seen["statistics"] = tokens
+        return input_statistics(model, layers, tokens, **settings)
+
+    def measured(self, *arguments, **settings):  # type: ignore[no-untyped-def]
+        seen["losses"] = self.tokens
+        return loss(self, *arguments, **settings)
+
+    monkeypatch.setattr(pipeline, "input_statistics", statistics)
+    monkeypatch.setattr(Objective, "loss", measured)
+    _convert(tiny.save(tmp_path / "in"), tmp_path / "out", base="gptq", num_samples=8, path_samples=3)
+    assert (len(seen["losses"]), len(seen["statistics"])) == (3, 5)
+    assert not set(map(tuple, seen["losses"].tolist())) & set(map(tuple, seen["statistics"].tolist()))
+
+
 def test_no_tables_are_refitted_to_a_handful_of_tokens(tmp_path: Path) -> None:
     """3 × 24 tokens say nothing about the second moments of 160 features."""
     _, conversion = _convert(tiny.save(tmp_path / "in"), tmp_path / "out", bits=2)
@@ -313,6 +335,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"target_bpw": 3.0, "outlier_rule": "base"}, "--outlier-rule"),
         ({"labels": "both"}, "--labels"),
         ({"path_samples": 0}, "--path-samples"),
+        ({"path_samples": 4, "num_samples": 4}, "--path-samples"),
         ({"nodes": 1, "quadrature": "uniform"}, "--nodes"),
         ({"lm_head_bits": 3}, "--lm-head-bits"),
         ({"num_samples": 0}, "--num-samples"),

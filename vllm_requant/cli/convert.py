@@ -68,7 +68,7 @@ def command(
         str, typer.Option(help="What the loss compares with: the text's next tokens, or the model's predictions.")
     ] = "text",
     path_samples: Annotated[
-        int | None, typer.Option(help="Sequences that losses and path integrals look at [all].")
+        int | None, typer.Option(help="Sequences set apart for losses and path integrals [all, and none apart].")
     ] = None,
     compute: Annotated[
         str, typer.Option(help="Precision of the gradients: float32, or bfloat16 (faster).")
