@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,10 @@ from vllm_requant.format import LayerSpec
 from . import outliers
 from .allocation import allocate, sparse_counts
 from .bases import BASES
-from .measurements import Measurements
 from .pqi import PathIntegral
-from .quantizer import Dense, LayerQuantizer, Masks
+from .quantizer import Dense, Masks
 from .recipe import Precision, Recipe
-from .selection import Selection
-from .stages import Stages
+from .selection import Search, Selection
 
 __all__ = ["BudgetSearch", "layer_sizes"]
 
@@ -52,27 +49,29 @@ def layer_sizes(shapes: Mapping[str, torch.Size], recipe: Recipe) -> dict[str, d
 
 
 @dataclass
-class BudgetSearch:
+class BudgetSearch(Search):
     """The search under a target.
 
     Attributes:
-        recipe, quantizer, measurements, stages: of the conversion.
+        error: expected of every layer at every precision.
+        best: of the candidates so far, by its calibration loss.
     """
 
-    recipe: Recipe
-    quantizer: LayerQuantizer
-    measurements: Measurements
-    stages: Stages
     error: dict[Precision, dict[str, float]] = field(default_factory=dict)
-    candidates: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[float, Precisions, Dense, Masks] | None = None
 
     def __post_init__(self) -> None:
         assert self.recipe.target_bpw is not None
-        self.weights = self.quantizer.weights
         self.numel = sum(weight.numel() for weight in self.weights.values())
         self.budget = self.recipe.target_bpw * self.numel
         self.size = layer_sizes({name: weight.shape for name, weight in self.weights.items()}, self.recipe)
+        self.uniform = {precision: dict.fromkeys(self.weights, precision) for precision in self.recipe.precisions}
+        self.smallest = min(map(self._dense_bits, self.uniform.values()))
+        # of the sparse part, which has no precisions
+        widest = max(self.weights, key=lambda name: self.weights[name].shape[1])
+        one, two = (8.0 * self._spec(widest, nnz).sparse_nbytes for nnz in (1, 2))
+        self.element_bits = two - one
+        self.pointer_bits = {name: 8.0 * self._spec(name, 1).sparse_nbytes - self.element_bits for name in self.weights}
 
     def select(self) -> Selection:
         """Run the search."""
@@ -102,7 +101,7 @@ class BudgetSearch:
         """Look at the best precisions known, allocate anew, and measure candidates."""
         first = self.best is None
         now, fits = self._largest_uniform() if self.best is None else (self.best[1], True)
-        restored = self.quantizer.restored(self._quantize(now, label), self.quantizer.no_masks())
+        restored = self.quantizer.restored(self._quantize_at(now, label), self.quantizer.no_masks())
         with self.stages.stage("integral"):
             path = self.measurements.path(restored, label)
             costs = self._costs(now, self.measurements.shares(restored, path))
@@ -111,37 +110,32 @@ class BudgetSearch:
             self._try(now, self.budget - self._dense_bits(now), path, "one precision")
         for share, what in self._sparse_shares():
             room = self.budget - share * self.numel
-            if share and room < self._dense_bits(self._smallest_uniform()):
+            if share and room < self.smallest:
                 continue
             chosen = allocate(self.size, costs, room)
             left = self.budget - self._dense_bits(chosen) if share else 0.0
             self._try(chosen, left, path, what)
             # outliers lie in all layers, whose pointers they have to pay for
-            affordable = 0.5 * left > sum(map(self._pointer_bits, self.weights))
+            affordable = 0.5 * left > sum(self.pointer_bits.values())
             if affordable and BASES[self.recipe.base].usual_shares[0] and self.recipe.significant is None:
                 self._try(chosen, left, path, f"{what}, half of it outliers", outlier_part=0.5)
-
-    def _smallest_uniform(self) -> Precisions:
-        return min(map(self._uniform, self.recipe.precisions), key=self._dense_bits)
 
     def _largest_uniform(self) -> tuple[Precisions, bool]:
         """The largest precision that fits for all layers, or the smallest; and whether it fits."""
         given = self._sparse_shares()[0][0] * self.numel  # 0 if the share is to be chosen
-        fitting = [p for p in map(self._uniform, self.recipe.precisions) if self._dense_bits(p) + given <= self.budget]
-        return max(fitting, key=self._dense_bits, default=self._smallest_uniform()), bool(fitting)
+        by_size = sorted(self.uniform.values(), key=self._dense_bits)
+        fitting = [precisions for precisions in by_size if self._dense_bits(precisions) + given <= self.budget]
+        return (fitting or by_size[:1])[-1], bool(fitting)
 
     def _sparse_shares(self) -> list[tuple[float, str]]:
         """Bits a weight for the sparse part, and what to call them."""
         if self.recipe.significant is not None:
             sparse = self.recipe.significant
-            pointers = sum(map(self._pointer_bits, self.weights)) / self.numel if sparse else 0.0
-            return [(sparse * self._element_bits() + pointers, f"{sparse:.2%} sparse")]
-        return [(share * self._element_bits(), f"{share:.2%} sparse") for share in _SHARES]
+            pointers = sum(self.pointer_bits.values()) / self.numel if sparse else 0.0
+            return [(sparse * self.element_bits + pointers, f"{sparse:.2%} sparse")]
+        return [(share * self.element_bits, f"{share:.2%} sparse") for share in _SHARES]
 
     # what an option costs -------------------------------------------------------------------------------------
-
-    def _uniform(self, precision: Precision) -> Precisions:
-        return dict.fromkeys(self.weights, precision)
 
     def _dense_bits(self, precisions: Precisions) -> float:
         return sum(self.size[name][precision] for name, precision in precisions.items())
@@ -149,13 +143,6 @@ class BudgetSearch:
     def _spec(self, name: str, nnz: int) -> LayerSpec:
         shape = self.weights[name].shape
         return self.recipe.make_base().spec(shape[1], shape[0]).model_copy(update={"nnz": nnz})
-
-    def _pointer_bits(self, name: str) -> float:
-        return 8.0 * self._spec(name, 1).sparse_nbytes - self._element_bits()
-
-    def _element_bits(self) -> float:
-        name = max(self.weights, key=lambda name: self.weights[name].shape[1])
-        return 8.0 * (self._spec(name, 2).sparse_nbytes - self._spec(name, 1).sparse_nbytes)
 
     def _costs(self, now: Precisions, shares: Mapping[str, float]) -> dict[str, dict[Precision, float]]:
         # single shares may come out negative by chance
@@ -170,22 +157,21 @@ class BudgetSearch:
 
     # candidates -----------------------------------------------------------------------------------------------
 
-    def _quantize(self, precisions: Precisions, label: str) -> Dense:
+    def _quantize_at(self, precisions: Precisions, label: str) -> Dense:
         self.quantizer.precision = precisions
-        with self.stages.stage("quantize"):
-            return self.quantizer.quantize(None, f"quantizing, {label}")
+        return self.quantize(None, f"quantizing, {label}")
 
     def _try(
         self, precisions: Precisions, room: float, path: PathIntegral | None, label: str, *, outlier_part: float = 0.0
     ) -> None:
         """Measure a candidate whose sparse part may take ``room`` bits."""
-        dense = self._quantize(precisions, label)
+        dense = self._quantize_at(precisions, label)
         masks = self.quantizer.no_masks()
         if room > 0 and self.recipe.significant != 0:
             scores = self.measurements.scores(self.quantizer.restored(dense, masks), path)
             if outlier_part:
                 masks = self._outliers(scores, outlier_part * room)
-                dense = self.quantizer.quantize(masks, f"re-quantizing, {label}")
+                dense = self.quantize(masks, f"re-quantizing, {label}")
                 scores = self.measurements.scores(self.quantizer.restored(dense, masks), path)
             masks = self._detach(scores, masks, room) if self.recipe.significant is None else self._detach_given(scores)
             del scores
@@ -200,7 +186,7 @@ class BudgetSearch:
     def _outliers(self, scores: Mapping[str, Tensor], room: float) -> Masks:
         numel = {name: weight.numel() for name, weight in self.weights.items()}
         mean = {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
-        budget = int((room - sum(map(self._pointer_bits, self.weights))) / self._element_bits())
+        budget = int((room - sum(self.pointer_bits.values())) / self.element_bits)
         return outliers.largest_magnitude(self.weights, outliers.adaptive_counts(mean, numel, budget, _OUTLIER_TAU))
 
     def _detach_given(self, scores: Mapping[str, Tensor]) -> Masks:
@@ -210,18 +196,17 @@ class BudgetSearch:
 
     def _detach(self, scores: Mapping[str, Tensor], masks: Masks, room: float) -> Masks:
         """Add the highest scores that fit, pointers of rows included."""
-        element = self._element_bits()
         present = {name: int(mask.sum()) for name, mask in masks.items()}
-        paid = {name: self._pointer_bits(name) + count * element for name, count in present.items() if count}
+        paid = {name: self.pointer_bits[name] + count * self.element_bits for name, count in present.items() if count}
         room -= sum(paid.values())
         ranked = {}
         for name, score in scores.items():
-            most = min(int(_MAX_LAYER_SHARE * score.numel()), max(int(room / element), 0))
+            most = min(int(_MAX_LAYER_SHARE * score.numel()), max(int(room / self.element_bits), 0))
             ranked[name] = torch.topk(score.masked_fill(masks[name], 0.0).flatten(), most)
         counts = sparse_counts(
             {name: top.values for name, top in ranked.items()},
-            {name: 0.0 if name in paid else self._pointer_bits(name) for name in scores},
-            element,
+            {name: 0.0 if name in paid else self.pointer_bits[name] for name in scores},
+            self.element_bits,
             room,
         )
         result = {}

@@ -29,7 +29,7 @@ from .pqi import GradientMoments, Objective
 from .progress import track
 from .quantizer import Dense, LayerQuantizer, Masks
 from .recipe import Recipe, RecipeError
-from .selection import Selection, Selector
+from .selection import Search, Selection, Selector
 from .stages import Stages
 from .statistics import InputStatistics, input_statistics
 from .tuning import norm_weights, tune
@@ -239,7 +239,7 @@ class _Run:
     # what is chosen -------------------------------------------------------------------------------------------
 
     def _select(self) -> Selection:
-        search: type[Selector] | type[BudgetSearch] = Selector if self.recipe.target_bpw is None else BudgetSearch
+        search: type[Search] = Selector if self.recipe.target_bpw is None else BudgetSearch
         return search(self.recipe, self.quantizer, self.measurements, self.stages).select()
 
     def _refits(self) -> bool:

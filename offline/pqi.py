@@ -13,7 +13,7 @@ what the text's own surprise does to the gradient.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ __all__ = [
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LABELS = ("text", "model")
 QUADRATURES = ("gauss", "midpoint", "uniform")
+_KEPT_BYTES = 2**30  # of the original's predictions, which every loss and every walk of a path asks for
 
 
 def quadrature(rule: str, nodes: int) -> tuple[list[float], list[float]]:
@@ -140,6 +141,7 @@ class Objective:
     checkpointing: bool = False
     accumulate_on: str | None = None
     originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
+    _logits: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +155,8 @@ class Objective:
 
     def loss(self, weights: Mapping[str, Tensor] | None = None, label: str = "calibration loss") -> float:
         """F at the given weights, or at w."""
+        if weights is None and self.labels == "model":
+            return 0.0
         losses = []
         with torch.no_grad(), moving_layers(self.layers, weights or self.start) as states:
             for row in track(self.tokens, label, total=len(self.tokens)):
@@ -246,22 +250,35 @@ class Objective:
 
     def log_probabilities(self, tokens: Tensor) -> Tensor:
         """The model's predictions of all but the first token of a sequence: float32 ``[seq_len − 1, vocabulary]``."""
-        tokens = tokens.to(self.device)
-        dtype = COMPUTE_DTYPES[self.compute]
-        with torch.autocast(self.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
-            logits = self.model(tokens[None]).logits[0, :-1]
-        return torch.log_softmax(logits.float(), dim=-1)
+        return torch.log_softmax(self._predict(tokens).float(), dim=-1)
 
     @torch.no_grad()
     def teacher(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor:
-        """The original's predictions, as :meth:`log_probabilities`; leaves the layers at w."""
+        """The original's predictions, as :meth:`log_probabilities`; may leave the layers at w."""
+        key = tokens.cpu().numpy().tobytes()
+        logits = self._logits.get(key)
+        if logits is None:
+            logits = self._predict_original(tokens, states)
+            if sum(kept.nbytes for kept in self._logits.values()) + logits.nbytes <= _KEPT_BYTES:
+                self._logits[key] = logits
+        return torch.log_softmax(logits.float(), dim=-1)
+
+    def _predict(self, tokens: Tensor) -> Tensor:
+        """Logits for all but the first token of a sequence, in the type in which the model computes them."""
+        tokens = tokens.to(self.device)
+        dtype = COMPUTE_DTYPES[self.compute]
+        with torch.autocast(self.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
+            logits: Tensor = self.model(tokens[None]).logits[0, :-1]
+        return logits
+
+    def _predict_original(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor:
         for state in states.values():
             state.t = 0.0
         now = [parameter.data for parameter, _ in self.originals]
         for parameter, original in self.originals:
             parameter.data = original
         try:
-            return self.log_probabilities(tokens)
+            return self._predict(tokens)
         finally:
             for (parameter, _), data in zip(self.originals, now, strict=True):
                 parameter.data = data

@@ -86,8 +86,7 @@ class LayerQuantizer:
         dense = base.quantize(layer, removed)
         if not self.refit_first:
             return dense
-        none = torch.zeros((), dtype=torch.bool, device=layer.weight.device).expand_as(layer.weight)
-        return base.refit(layer, dense, none if removed is None else removed)
+        return base.refit(layer, dense, _no_mask(layer.weight) if removed is None else removed)
 
     def expected_error(self, precision: Precision, label: str) -> dict[str, float]:
         """About the error of every layer at a precision, comparable between precisions of one layer only."""
@@ -109,10 +108,7 @@ class LayerQuantizer:
 
     def no_masks(self) -> Masks:
         """Masks of an empty sparse part."""
-        return {
-            name: torch.zeros((), dtype=torch.bool, device=weight.device).expand_as(weight)
-            for name, weight in self.weights.items()
-        }
+        return {name: _no_mask(weight) for name, weight in self.weights.items()}
 
     def restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
         """w̃: dense weights with the masked positions at full precision.
@@ -131,3 +127,7 @@ class LayerQuantizer:
     def _layer(self, name: str) -> LayerData:
         fisher = self.start.square[name] if self.start is not None else None
         return LayerData(self.weights[name].float(), fisher=fisher, inputs=self.inputs.get(name))
+
+
+def _no_mask(weight: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.bool, device=weight.device).expand_as(weight)

@@ -19,7 +19,6 @@ class Precision(NamedTuple):
 
     Attributes:
         bits: width of a code.
-        target_size: the same as bytes of all weights of the checkpoint, quantized or not.
         group_size: input features that share a scale; of no meaning to bases without groups.
     """
 

@@ -1,6 +1,7 @@
 """The sparse positions, every layer's precision being given: algorithms 1 and 2, or the base's own rule."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from .recipe import Recipe
 from .significant import detach_steps
 from .stages import Stages
 
-__all__ = ["Selection", "Selector"]
+__all__ = ["Search", "Selection", "Selector"]
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +31,43 @@ class Selection(NamedTuple):
 
 
 @dataclass
-class Selector:
-    """Chooses the sparse positions of layers whose precision is fixed.
+class Search(ABC):
+    """A way to a selection.
 
     Attributes:
         recipe, quantizer, measurements, stages: of the conversion.
+        candidates: that were measured, for the report.
     """
 
     recipe: Recipe
     quantizer: LayerQuantizer
     measurements: Measurements
     stages: Stages
-    counts: dict[str, int] = field(default_factory=dict)
     candidates: list[dict[str, Any]] = field(default_factory=list)
+
+    @abstractmethod
+    def select(self) -> Selection:
+        """Search."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.quantizer.weights
+
+    def quantize(self, removed: Masks | None, label: str) -> Dense:
+        """Quantize all layers; see :meth:`LayerQuantizer.quantize`."""
+        with self.stages.stage("quantize"):
+            return self.quantizer.quantize(removed, label)
+
+
+@dataclass
+class Selector(Search):
+    """Chooses the sparse positions of layers whose precision is fixed.
+
+    Attributes:
+        counts: outliers by layer.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
 
     def select(self) -> Selection:
         """Run both algorithms."""
@@ -52,26 +77,22 @@ class Selector:
             assert self.measurements.start is not None
             fisher = self.measurements.start.square
             masks = outliers.squeezellm_positions(self.weights, fisher, recipe.outliers, recipe.significant)
-            return Selection(self._quantize(masks, "quantizing"), masks, {})
+            return Selection(self.quantize(masks, "quantizing"), masks, {})
         if recipe.outliers > 0:
             dense, masks = self._outliers()
         else:
-            dense, masks = self._quantize(None, "quantizing"), self.quantizer.no_masks()
+            dense, masks = self.quantize(None, "quantizing"), self.quantizer.no_masks()
         budget = round(recipe.significant * sum(weight.numel() for weight in self.weights.values()))
         if budget:
             masks = self._detach(dense, masks, budget)
         return Selection(dense, masks, {"outlier_ratio_candidates": self.candidates, "outliers": self.counts})
 
-    @property
-    def weights(self) -> Mapping[str, Tensor]:
-        return self.quantizer.weights
-
     def _outliers(self) -> tuple[Dense, Masks]:
         """Algorithm 1: the candidate ratios are re-quantized and the lowest calibration loss wins."""
         if self.recipe.metric == "random":
             masks = outliers.random_positions(self.weights, self.recipe.outliers, self.recipe.seed)
-            return self._quantize(masks, "quantizing"), masks
-        pre = self._quantize(None, "pre-quantizing")
+            return self.quantize(masks, "quantizing"), masks
+        pre = self.quantize(None, "pre-quantizing")
         with self.stages.stage("outlier_ratio"):
             restored = self.quantizer.restored(pre, self.quantizer.no_masks())
             scores = self.measurements.scores(restored, self.measurements.path(restored, "pre-quantized"))
@@ -83,7 +104,7 @@ class Selector:
         for tau in outliers.TAUS:
             counts = outliers.adaptive_counts(mean_score, numel, budget, tau)
             masks = self._outlier_masks(counts)
-            dense = self._quantize(masks, f"re-quantizing, τ = {tau:g}")
+            dense = self.quantize(masks, f"re-quantizing, τ = {tau:g}")
             with self.stages.stage("outlier_ratio"):
                 loss = self.measurements.loss(self.quantizer.restored(dense, masks), f"τ = {tau:g}")
             self.candidates.append({"tau": tau, "calibration_loss": loss})
@@ -109,7 +130,3 @@ class Selector:
                 return self.measurements.scores(restored, path)
 
         return detach_steps(measure, masks, budget, self.recipe.rounds)
-
-    def _quantize(self, removed: Masks | None, label: str) -> Dense:
-        with self.stages.stage("quantize"):
-            return self.quantizer.quantize(removed, label)

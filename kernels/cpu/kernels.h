@@ -97,8 +97,7 @@ struct Trellis {
     const uint16_t* values;
 };
 
-// One instruction set, by bits - 2.
-// by bits, from 1 on
+// One instruction set; arrays are by bits - 1.
 struct TrellisTier {
     // out [batch, rows] of the row blocks begin ... end - 1, rotated back, residual included. `x` is as given, `rotated`
     // is x times signs through the Hadamard transform, both [batch, columns]. sums: 2 batch block_out floats.

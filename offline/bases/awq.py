@@ -9,7 +9,7 @@ from torch import Tensor
 from ..folding import Fold
 from ..statistics import InputStatistics
 from .base import DenseLayer, LayerData, Need
-from .uniform import UniformBase, block_loss, column_groups, grouped, minmax_grid, nearest, searched_grid, to_layer
+from .uniform import UniformBase, block_loss, grouped, minmax_grid, nearest, rounded, searched_grid, to_layer
 
 __all__ = ["Awq"]
 
@@ -71,8 +71,7 @@ class Awq(UniformBase):
         for weight in weights:
             scaled = weight * scale
             grid = minmax_grid(scaled, self.group_size, self.width)
-            wide = grid.columns(column_groups(weight.shape[1], self.group_size, weight.device))
-            error = (wide.values(wide.codes(scaled)) / scale).sub_(weight)
+            error = (rounded(scaled, grid, self.group_size) / scale).sub_(weight)
             loss += statistics.output_error(error)
         return loss
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .base import DenseLayer, LayerData, Need
-from .uniform import Grid, UniformBase, column_groups, diagonal_loss, searched_grid
+from .uniform import Grid, UniformBase, diagonal_loss, rounded, searched_grid
 
 __all__ = ["Gptq"]
 
@@ -23,9 +23,7 @@ class Gptq(UniformBase):
 
     def expected_error(self, layer: LayerData) -> float:
         """What rounding to nearest makes: feedback lowers it by about the same factor at all precisions."""
-        grid = self._grid(layer, None)
-        wide = grid.columns(column_groups(layer.weight.shape[1], self.group_size, layer.weight.device))
-        return layer.error(wide.values(wide.codes(layer.weight)))
+        return layer.error(rounded(layer.weight, self._grid(layer, None), self.group_size))
 
     def _grid(self, layer: LayerData, removed: Tensor | None) -> Grid:
         loss = diagonal_loss(layer.require_inputs().hessian, self.group_size)

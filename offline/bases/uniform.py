@@ -23,6 +23,7 @@ __all__ = [
     "grouped",
     "minmax_grid",
     "nearest",
+    "rounded",
     "searched_grid",
     "to_layer",
 ]
@@ -163,12 +164,10 @@ def searched_grid(weight: Tensor, group_size: int, bits: int, loss: GroupLoss, r
         The best of the min/max grid and ten that span 95 … 50 % of it.
     """
     counted = weight if removed is None else weight.masked_fill(removed, 0.0)
-    group = column_groups(weight.shape[1], group_size, weight.device)
     best: tuple[Tensor, Grid] | None = None
     for shrink in _SHRINKS:
         grid = minmax_grid(counted, group_size, bits, shrink)
-        wide = grid.columns(group)
-        error = wide.values(wide.codes(weight)).sub_(weight)
+        error = rounded(weight, grid, group_size).sub_(weight)
         if removed is not None:
             error.masked_fill_(removed, 0.0)
         lost = loss(grouped(error, group_size))
@@ -190,6 +189,12 @@ def column_groups(columns: int, group_size: int, device: torch.device) -> Tensor
 def nearest(weight: Tensor, grid: Grid, group_size: int) -> Tensor:
     """Codes of a whole matrix: float32 ``[rows, columns]``."""
     return grid.columns(column_groups(weight.shape[1], group_size, weight.device)).codes(weight)
+
+
+def rounded(weight: Tensor, grid: Grid, group_size: int) -> Tensor:
+    """Nearest values of a whole matrix: float32 ``[rows, columns]``."""
+    wide = grid.columns(column_groups(weight.shape[1], group_size, weight.device))
+    return wide.values(wide.codes(weight))
 
 
 def to_layer(spec: UniformSpec, codes: Tensor, grid: Grid) -> DenseLayer:

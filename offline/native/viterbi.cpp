@@ -189,7 +189,8 @@ private:
 // width + 4 and 2 width, and length >= 2; returns 0, or -1 for other arguments.
 extern "C" int requant_viterbi(const float* x, int64_t sequences, int64_t length, int32_t bits, int32_t width,
                                const float* code, int32_t rotations, int32_t* states) {
-    if (width < 1 || width > 6 || bits < width + 4 || bits < 2 * width || bits > 16 || length < 2 || length > 1 << 20) return -1;
+    if (width < 1 || width > 6 || bits < width + 4 || bits < 2 * width || bits > 16) return -1;
+    if (length < 2 || length > 1 << 20) return -1;
 #pragma omp parallel
     {
         Coder coder(bits, width, int(length), code);

@@ -75,7 +75,8 @@ def test_signed_sum_predicts_the_change_of_loss(setting) -> None:  # type: ignor
 def test_divergence_from_the_original_is_predicted_too(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
     objective = pqi.Objective(model, layers, tokens, labels="model")
-    assert objective.loss() == pytest.approx(0, abs=1e-7)
+    assert objective.loss() == 0
+    assert objective.loss(objective.start) == pytest.approx(0, abs=1e-7)
     actual = objective.loss(quantized)
     # by its definition, the long way
     original = torch.log_softmax(model(tokens).logits[:, :-1], -1)
@@ -89,6 +90,24 @@ def test_divergence_from_the_original_is_predicted_too(setting) -> None:  # type
     assert sum(share.values()) == pytest.approx(actual, rel=5e-3)
     # the gradient vanishes at w; moments there are the text's all the same
     assert float(max(square.max() for square in objective.gradients().square.values())) > 1e-6
+
+
+def test_predictions_of_the_original_are_made_once(setting, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    model, layers, quantized, tokens = setting
+    objective = pqi.Objective(model, layers, tokens, labels="model")
+    first = objective.loss(quantized)
+    asked = []
+    hook = model.register_forward_hook(lambda *_: asked.append(1))
+    try:
+        assert objective.loss(quantized) == first
+        assert len(asked) == len(tokens)
+        # what does not fit is made again
+        monkeypatch.setattr(pqi, "_KEPT_BYTES", 0)
+        fresh = pqi.Objective(model, layers, tokens, labels="model")
+        assert [fresh.loss(quantized), fresh.loss(quantized)] == [first, first]
+        assert len(asked) == 5 * len(tokens)
+    finally:
+        hook.remove()
 
 
 def _gradient(model, layer, weights, row):  # type: ignore[no-untyped-def]

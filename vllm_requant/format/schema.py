@@ -193,7 +193,7 @@ class TrellisSpec(_LayerBase):
     block_out: Literal[16, 32, 64, 128]
 
     @model_validator(mode="after")
-    def _blocks_fit(self) -> "TrellisSpec":
+    def _check_sizes(self) -> "TrellisSpec":
         if self.state_bits < 2 * self.bits:
             raise ValueError(f"state_bits {self.state_bits} is less than twice the {self.bits} bits of a weight")
         for what, size, block in (
