@@ -7,7 +7,7 @@ weights are read. No remote code and no pickle is ever executed.
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "COMPUTE_DTYPES",
     "DTYPES",
     "CausalLM",
     "ModelError",
+    "computing_in",
     "decoder_blocks",
     "find_layers",
     "head_module",
@@ -31,6 +33,7 @@ __all__ = [
     "skeleton",
 ]
 
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPES = ("auto", "bfloat16", "float16")
 log = logging.getLogger(__name__)
 
@@ -180,6 +183,12 @@ def _store_layers(model: nn.Module) -> set[int]:
             blocks.set_submodule(name, stored)
             kept.add(id(layer.weight))
     return kept
+
+
+def computing_in(compute: str, device: torch.device) -> AbstractContextManager[object]:
+    """A block in which models compute in a precision, a key of ``COMPUTE_DTYPES``; "bfloat16" is mixed precision."""
+    dtype = COMPUTE_DTYPES[compute]
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -219,7 +219,9 @@ class _Run:
         if Need.INPUTS in needs:
             assert self.tokens is not None
             with self.stages.stage("inputs"):
-                self.inputs = input_statistics(self.model, self.layers, self.tokens, cache=self.cache)
+                self.inputs = input_statistics(
+                    self.model, self.layers, self.tokens, compute=self.recipe.compute, cache=self.cache
+                )
         if isinstance(self.base, Awq):
             with self.stages.stage("fold"):
                 self._fold(self.base)

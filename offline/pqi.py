@@ -12,7 +12,7 @@ what the text's own surprise does to the gradient.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .cache import TensorCache, fingerprint
+from .models import computing_in
 from .path import MovingLayer, moving_layers
 from .progress import track
 
 __all__ = [
-    "COMPUTE_DTYPES",
     "LABELS",
     "QUADRATURES",
     "GradientMoments",
@@ -35,7 +35,6 @@ __all__ = [
     "signed_share",
 ]
 
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LABELS = ("text", "model")
 QUADRATURES = ("gauss", "midpoint", "uniform")
 _KEPT_BYTES = 2**30  # of the original's predictions, which every loss and every walk of a path asks for
@@ -266,8 +265,7 @@ class Objective:
     def _predict(self, tokens: Tensor) -> Tensor:
         """Logits for all but the first token of a sequence, in the type in which the model computes them."""
         tokens = tokens.to(self.device)
-        dtype = COMPUTE_DTYPES[self.compute]
-        with torch.autocast(self.device.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
+        with computing_in(self.compute, self.device):
             logits: Tensor = self.model(tokens[None]).logits[0, :-1]
         return logits
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from .bases import BASES, Base
 from .metrics import METRICS
-from .pqi import COMPUTE_DTYPES, LABELS, QUADRATURES, quadrature
+from .models import COMPUTE_DTYPES
+from .pqi import LABELS, QUADRATURES, quadrature
 
 __all__ = ["OUTLIER_RULES", "Precision", "Recipe", "RecipeError"]
 
@@ -56,7 +57,7 @@ class Recipe:
         path_samples: so many of the calibration sequences are set apart for losses, gradients and path integrals, and
             statistics of the inputs and tuning see only the others: a loss on text that codes and tables were fitted
             to is too good. None uses all sequences for everything.
-        compute: precision of the gradients, a key of ``COMPUTE_DTYPES``.
+        compute: precision of forward and backward passes, a key of ``COMPUTE_DTYPES``.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
         seed: of calibration and of the random control.

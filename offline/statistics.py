@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import TensorCache, fingerprint
+from .models import computing_in
 from .progress import track
 
 __all__ = ["InputStatistics", "input_statistics"]
@@ -50,7 +51,8 @@ class _Moments:
 
     def add(self, x: Tensor) -> None:
         x = x.flatten(0, -2).float()
-        self.second += x.t() @ x
+        with torch.autocast(x.device.type, enabled=False):
+            self.second += x.t() @ x
         self.magnitude += x.abs().sum(0)
         self.tokens += len(x)
 
@@ -67,6 +69,7 @@ def input_statistics(
     layers: Mapping[str, nn.Linear],
     tokens: Tensor,
     *,
+    compute: str = "float32",
     cache: TensorCache | None = None,
     label: str = "input statistics",
 ) -> dict[str, InputStatistics]:
@@ -76,6 +79,7 @@ def input_statistics(
         model: with the weights that the statistics are to be of.
         layers: by name.
         tokens: int64 ``[num_samples, seq_len]``.
+        compute: precision of the model, a key of ``COMPUTE_DTYPES``; sums are of float32 or more.
         cache: where results are kept.
 
     Returns:
@@ -85,15 +89,17 @@ def input_statistics(
     firsts = {name: layers[name] for name in set(leaders.values())}
     device = next(model.parameters()).device
     tensors = (cache or TensorCache()).get(
-        lambda: fingerprint(model.state_dict(), tokens, inputs=sorted(firsts)),
+        lambda: fingerprint(model.state_dict(), tokens, inputs=sorted(firsts), compute=compute),
         device,
-        lambda: _collect(model, firsts, tokens, label),
+        lambda: _collect(model, firsts, tokens, compute, label),
     )
     results = {name: InputStatistics(tensors[f"{name}.hessian"], tensors[f"{name}.mean_abs"]) for name in firsts}
     return {name: results[leaders[name]] for name in layers}
 
 
-def _collect(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor, label: str) -> dict[str, Tensor]:
+def _collect(
+    model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor, compute: str, label: str
+) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     moments = {name: _Moments(layer.in_features, device) for name, layer in layers.items()}
     hooks = [
@@ -101,8 +107,9 @@ def _collect(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor, label:
         for name, moment in moments.items()
     ]
     try:
-        for row in track(tokens, label, total=len(tokens)):
-            model(row[None].to(device), use_cache=False)
+        with computing_in(compute, device):
+            for row in track(tokens, label, total=len(tokens)):
+                model.base_model(row[None].to(device), use_cache=False)  # no head: nobody looks at predictions
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,7 @@ import torch
 from tests import tiny
 from vllm_requant.offline.bases import Awq
 from vllm_requant.offline.folding import PAIRS, apply_fold, find_folds
-from vllm_requant.offline.models import ModelError, find_layers
+from vllm_requant.offline.models import COMPUTE_DTYPES, ModelError, computing_in, find_layers
 from vllm_requant.offline.statistics import input_statistics
 
 ARCHITECTURES = sorted(tiny.CONFIGS)
@@ -101,20 +101,22 @@ def test_unknown_architecture_is_refused_by_name() -> None:
     assert "llama" in PAIRS
 
 
+@pytest.mark.parametrize("compute", COMPUTE_DTYPES)
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
-def test_statistics_are_those_of_the_inputs(architecture: str) -> None:
+def test_statistics_are_those_of_the_inputs(architecture: str, compute: str) -> None:
     model = tiny.model(architecture)
     layers = find_layers(model)
     captured: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, x, n=name: captured[n].append(x[0].flatten(0, -2)))
+        layer.register_forward_pre_hook(lambda _, x, n=name: captured[n].append(x[0].flatten(0, -2).float()))
         for name, layer in layers.items()
     ]
-    for row in _tokens():
-        model(row[None])
+    with computing_in(compute, torch.device("cpu")):
+        for row in _tokens():
+            model(row[None])
     for hook in hooks:
         hook.remove()
-    result = input_statistics(model, layers, _tokens())
+    result = input_statistics(model, layers, _tokens(), compute=compute)
     for name, parts in captured.items():
         x = torch.cat(parts)
         torch.testing.assert_close(result[name].hessian, x.t() @ x / len(x), rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from vllm_requant.offline import pqi
 from vllm_requant.offline.bases import LayerData, Rtn
 from vllm_requant.offline.cache import TensorCache
 from vllm_requant.offline.metrics import METRICS, Sensitivity
-from vllm_requant.offline.models import find_layers
+from vllm_requant.offline.models import COMPUTE_DTYPES, find_layers
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_checkpointing_and_offloading_change_nothing(setting) -> None:  # type: 
 
 def test_mixed_precision_predicts_its_own_loss(setting) -> None:  # type: ignore[no-untyped-def]
     model, layers, quantized, tokens = setting
-    exact, mixed = (pqi.Objective(model, layers, tokens, compute=compute) for compute in pqi.COMPUTE_DTYPES)
+    exact, mixed = (pqi.Objective(model, layers, tokens, compute=compute) for compute in COMPUTE_DTYPES)
     integral = mixed.integrate(quantized, nodes=8)
     actual = mixed.loss(quantized) - mixed.loss()
     assert actual != exact.loss(quantized) - exact.loss(), "it did compute in another precision"
