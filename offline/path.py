@@ -4,7 +4,7 @@ The weight ``w + t (w̃ − w)`` is made when a layer runs and again when it is 
 straight into an accumulator: beside w, w̃ and the accumulators, a pass holds one layer's weight at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MovingLayer", "moving_layers"]
+__all__ = ["MovingLayer", "Observer", "moving_layers"]
+
+Observer = Callable[[Tensor, Tensor], None]
+"""``(x [tokens, in_features], gradient of the output [tokens, out_features])``, in the precision of the pass"""
 
 
 @dataclass
@@ -24,6 +27,7 @@ class MovingLayer:
         t: where between them the layer computes.
         share: what gradients are multiplied with before they are added up.
         gradient: float32 sum of gradients; None collects none.
+        observer: sees what every backward pass brings to the layer.
     """
 
     start: Tensor
@@ -31,6 +35,7 @@ class MovingLayer:
     t: float = 0.0
     share: float = 1.0
     gradient: Tensor | None = None
+    observer: Observer | None = None
     # a graph is built only if something in it asks for a gradient; the first layers' input does not
     _anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
@@ -43,11 +48,13 @@ class MovingLayer:
         return torch.lerp(self.start.float(), self.end.float(), self.t).to(dtype)
 
     def collect(self, grad_output: Tensor, x: Tensor) -> None:
-        """Add ``share · grad_outputᵀ x``."""
-        if self.gradient is None:
-            return
-        product = grad_output.flatten(0, -2).t() @ x.flatten(0, -2)
-        self.gradient.add_(product.to(self.gradient.device, torch.float32), alpha=self.share)
+        """Add ``share · grad_outputᵀ x``, and tell the observer."""
+        x, grad_output = x.flatten(0, -2), grad_output.flatten(0, -2)
+        if self.gradient is not None:
+            product = grad_output.t() @ x
+            self.gradient.add_(product.to(self.gradient.device, torch.float32), alpha=self.share)
+        if self.observer is not None:
+            self.observer(x, grad_output)
 
 
 class _MovingLinear(torch.autograd.Function):

@@ -31,7 +31,7 @@ from .quantizer import Dense, LayerQuantizer, Masks
 from .recipe import Recipe, RecipeError
 from .selection import Search, Selection, Selector
 from .stages import Stages
-from .statistics import InputStatistics, input_statistics
+from .statistics import InputStatistics, guided_statistics, input_statistics
 from .tuning import norm_weights, tune
 
 __all__ = ["Conversion", "convert", "plan"]
@@ -216,27 +216,45 @@ class _Run:
     def _measure(self) -> GradientMoments | None:
         """Statistics of the inputs, the fold that a base asks for, and gradients at the original weights."""
         needs = self.base.needs | (self.base.refit_needs if self.refits else frozenset())
+        start = None
         if Need.INPUTS in needs:
-            assert self.tokens is not None
             with self.stages.stage("inputs"):
-                self.inputs = input_statistics(
-                    self.model, self.layers, self.tokens, compute=self.recipe.compute, cache=self.cache
-                )
+                start = self._measure_inputs()
         if isinstance(self.base, Awq):
             with self.stages.stage("fold"):
                 self._fold(self.base)
+            start = None  # gradients are those of other weights now
         if Need.FISHER not in needs and not self.recipe.needs_start:
             return None
+        if start is None:
+            with self.stages.stage("gradients"):
+                start = self._fitted.gradients(cache=self.cache)
+        return start
+
+    @property
+    def _fitted(self) -> Objective:
+        """F on the sequences to which things are fitted."""
         assert self.objective is not None
-        with self.stages.stage("gradients"):
-            return self.objective.gradients(cache=self.cache)
+        assert self.tokens is not None
+        return replace(self.objective, tokens=self.tokens)
+
+    def _measure_inputs(self) -> GradientMoments | None:
+        """Statistics of the inputs, and the gradients if that takes a backward pass."""
+        assert self.tokens is not None
+        if self.recipe.hessian == "guided":
+            start, self.inputs = guided_statistics(self._fitted, cache=self.cache)
+            return start
+        self.inputs = input_statistics(
+            self.model, self.layers, self.tokens, compute=self.recipe.compute, cache=self.cache
+        )
+        return None
 
     def _fold(self, base: Awq) -> None:
         folds = list(find_folds(self.model))
         for fold in track(folds, "channel scales", total=len(folds)):
             scale = apply_fold(fold, base.fold_scale(fold, self.inputs), self.lm.dtype)
-            rescaled = self.inputs[next(iter(fold.consumers))].scaled(1 / fold.spread(scale))
-            self.inputs |= dict.fromkeys(fold.consumers, rescaled)
+            for name in fold.consumers:
+                self.inputs[name] = self.inputs[name].scaled(1 / fold.spread(scale))
 
     # what is chosen -------------------------------------------------------------------------------------------
 
@@ -274,11 +292,8 @@ class _Run:
     def _tune(self, dense: Dense, masks: Masks) -> Dense:
         """Tune scales, tables and norms. Steps that are too large for a good model make it worse: the loss decides."""
         assert self.objective is not None
-        assert self.tokens is not None
         before = self.measurements.loss(self.quantizer.restored(dense, masks), "before tuning")
-        tuned, divergence = tune(
-            replace(self.objective, tokens=self.tokens), dense, masks, epochs=self.recipe.tune_epochs
-        )
+        tuned, divergence = tune(self._fitted, dense, masks, epochs=self.recipe.tune_epochs)
         for parameter, _ in self.objective.originals:
             parameter.data = parameter.data.to(self.lm.dtype).float()  # as they will be stored
         after = self.measurements.loss(self.quantizer.restored(tuned, masks), "after tuning")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .cache import TensorCache, fingerprint
 from .models import computing_in
-from .path import MovingLayer, moving_layers
+from .path import MovingLayer, Observer, moving_layers
 from .progress import track
 
 __all__ = [
@@ -80,11 +80,12 @@ class GradientMoments:
 
     @classmethod
     def from_flat(cls, tensors: Mapping[str, Tensor]) -> "GradientMoments":
-        """Inverse of :meth:`flat`."""
+        """Inverse of :meth:`flat`; other tensors are left alone."""
         parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "square": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
-            parts[part][name] = tensor
+            if part in parts:
+                parts[part][name] = tensor
         return cls(**parts)
 
 
@@ -169,9 +170,21 @@ class Objective:
         self, *, cache: TensorCache | None = None, label: str = "gradients of the original"
     ) -> GradientMoments:
         """First and second moments of the gradient at w: one forward and backward pass a sequence."""
-        # against the model's own predictions they would all be zero
+        device = torch.device(self.accumulate_on or self.device)
+        tensors = (cache or TensorCache()).get(
+            lambda: self.fingerprint(gradients="at w"), device, lambda: self.walk_start({}, label=label).flat()
+        )
+        return GradientMoments.from_flat(tensors)
+
+    def walk_start(self, observers: Mapping[str, Observer], *, label: str) -> GradientMoments:
+        """The passes of :meth:`gradients`, with someone who looks at inputs and gradients of outputs of layers."""
+        # against the model's own predictions all gradients would be zero
         text = replace(self, labels="text")
-        return text._cached_moments(self.start, [(0.0, 1.0)], squares=True, cache=cache, label=label)
+        return text._moments(self.start, [(0.0, 1.0)], squares=True, observers=observers, label=label)
+
+    def fingerprint(self, **settings: object) -> str:
+        """Of all that a result at w depends on."""
+        return fingerprint(self.model.state_dict(), self.tokens, compute=self.compute, **settings)
 
     def integrate(
         self,
@@ -195,31 +208,21 @@ class Objective:
             The path integral; costs ``nodes · num_samples`` forward and backward passes.
         """
         path = list(zip(*quadrature(rule, nodes), strict=True))
+        tensors = (cache or TensorCache()).get(
+            lambda: self.fingerprint(end=fingerprint(end), path=path, squares=squares, labels=self.labels),
+            torch.device(self.accumulate_on or self.device),
+            lambda: self._moments(end, path, squares=squares, observers={}, label=label).flat(),
+        )
+        return PathIntegral(self.start, end, GradientMoments.from_flat(tensors))
 
-        moments = self._cached_moments(end, path, squares=squares, cache=cache, label=label)
-        return PathIntegral(self.start, end, moments)
-
-    def _cached_moments(
+    def _moments(
         self,
         end: Mapping[str, Tensor],
         path: list[tuple[float, float]],
         *,
         squares: bool,
-        cache: TensorCache | None,
+        observers: Mapping[str, Observer],
         label: str,
-    ) -> GradientMoments:
-        def key() -> str:
-            settings = {"path": path, "squares": squares, "labels": self.labels, "compute": self.compute}
-            return fingerprint(self.model.state_dict(), end, self.tokens, **settings)
-
-        device = torch.device(self.accumulate_on or self.device)
-        tensors = (cache or TensorCache()).get(
-            key, device, lambda: self._moments(end, path, squares=squares, label=label).flat()
-        )
-        return GradientMoments.from_flat(tensors)
-
-    def _moments(
-        self, end: Mapping[str, Tensor], path: list[tuple[float, float]], *, squares: bool, label: str
     ) -> GradientMoments:
         device = torch.device(self.accumulate_on or self.device)
         count = len(self.tokens)
@@ -231,6 +234,7 @@ class Objective:
             square = {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {}
             for name, state in states.items():
                 state.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]
+                state.observer = observers.get(name)
             # each sequence walks the whole path before the next: its path-averaged gradient is what gets squared
             for row in self.tokens:
                 teacher = self._labels(row, states)

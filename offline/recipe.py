@@ -7,6 +7,7 @@ from .bases import BASES, Base
 from .metrics import METRICS
 from .models import COMPUTE_DTYPES
 from .pqi import LABELS, QUADRATURES, quadrature
+from .statistics import HESSIANS
 
 __all__ = ["OUTLIER_RULES", "Precision", "Recipe", "RecipeError"]
 
@@ -52,6 +53,8 @@ class Recipe:
             a group; or "base": the base's own rule for the whole sparse part, which then no metric chooses.
         refit: quantize the dense part anew around the detached weights, and keep it if the calibration loss falls.
         tune_epochs: passes over the calibration set in which scales, tables and norms are tuned at the end.
+        hessian: what weights the squared error of a layer's output in bases and refits that look at it, one of
+            ``HESSIANS``: "guided": the loss's gradients; "inputs": nothing, as in GPTQ and its peers.
         quadrature, nodes: how the path is integrated.
         labels: what F measures, a key of ``LABELS``.
         path_samples: so many of the calibration sequences are set apart for losses, gradients and path integrals, and
@@ -76,6 +79,7 @@ class Recipe:
     outlier_rule: str = "magnitude"
     refit: bool = True
     tune_epochs: int = 0
+    hessian: str = "guided"
     quadrature: str = "gauss"
     nodes: int = 4
     labels: str = "text"
@@ -117,6 +121,8 @@ class Recipe:
             raise RecipeError(f"--outlier-rule {self.outlier_rule}: choose one of {', '.join(OUTLIER_RULES)}")
         if self.outlier_rule == "base" and self.base != "squeezellm":
             raise RecipeError(f"--outlier-rule base: {self.base} has no rule of its own for sparse weights")
+        if self.hessian not in HESSIANS:
+            raise RecipeError(f"--hessian {self.hessian}: choose one of {', '.join(HESSIANS)}")
         if self.quadrature not in QUADRATURES:
             raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
         if self.labels not in LABELS:

@@ -1,10 +1,13 @@
 """What the inputs of the linear layers look like on the calibration set: second moments and mean magnitudes.
 
-Layers that read the same activation (q, k, v; gate, up) share one :class:`InputStatistics`; it is found out by
-looking, not from names.
+The second moment is what a squared error of a layer's output follows from. :func:`input_statistics` counts all tokens
+and outputs alike, as GPTQ does; layers that read the same activation (q, k, v; gate, up) then share one
+:class:`InputStatistics`, which is found out by looking, not from names. :func:`guided_statistics` weights a token
+with how much the loss depends on the layer's output there, as GuidedQuant does (arXiv 2505.07004, one group of
+outputs): a token of huge activations that nothing looks at no longer rules.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +16,12 @@ from torch import Tensor, nn
 
 from .cache import TensorCache, fingerprint
 from .models import computing_in
+from .pqi import GradientMoments, Objective
 from .progress import track
 
-__all__ = ["InputStatistics", "input_statistics"]
+__all__ = ["HESSIANS", "InputStatistics", "guided_statistics", "input_statistics"]
+
+HESSIANS = ("guided", "inputs")
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,9 @@ class InputStatistics:
     """Moments of the inputs x of a layer over all calibration tokens.
 
     Attributes:
-        hessian: ``E[x xᵀ]``, float32 ``[in_features, in_features]``: half the Hessian of the squared output error
-            with respect to any row of the weight.
+        hessian: ``E[s x xᵀ]``, float32 ``[in_features, in_features]``: half the Hessian of the squared output error
+            with respect to any row of the weight. s is 1, or the mean over outputs of the squared gradient of a
+            token's loss with respect to the layer's output.
         mean_abs: ``E[|x|]``, float32 ``[in_features]``.
     """
 
@@ -41,25 +48,31 @@ class InputStatistics:
 
 
 class _Moments:
-    """Running sums for one group of layers with the same input."""
+    """Running sums in float32 for one group of layers with the same input."""
 
     def __init__(self, features: int, device: torch.device) -> None:
-        # summed in float32 over one sequence at a time, in float64 over sequences
-        self.second = torch.zeros(features, features, dtype=torch.float64, device=device)
-        self.magnitude = torch.zeros(features, dtype=torch.float64, device=device)
+        self.second = torch.zeros(features, features, device=device)
+        self.magnitude = torch.zeros(features, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        x = x.flatten(0, -2).float()
+    def add(self, x: Tensor, importance: Tensor | None = None) -> None:
+        """Count inputs ``[tokens, features]``, of the given importance ``[tokens]`` or all alike."""
+        x = x.float()
+        weighted = x if importance is None else x * importance[:, None]
         with torch.autocast(x.device.type, enabled=False):
-            self.second += x.t() @ x
+            self.second.addmm_(weighted.t(), x)
         self.magnitude += x.abs().sum(0)
         self.tokens += len(x)
 
+    def add_guided(self, x: Tensor, grad_output: Tensor) -> None:
+        # the loss is a mean over tokens; that of each is meant
+        self.add(x, (grad_output.float() * len(x)).square().mean(1))
+
     def result(self) -> dict[str, Tensor]:
+        # what is symmetric by definition is made so up to the last bit
         return {
-            "hessian": (self.second / self.tokens).float(),
-            "mean_abs": (self.magnitude / self.tokens).float(),
+            "hessian": (self.second + self.second.t()) / (2 * self.tokens),
+            "mean_abs": self.magnitude / self.tokens,
         }
 
 
@@ -93,8 +106,39 @@ def input_statistics(
         device,
         lambda: _collect(model, firsts, tokens, compute, label),
     )
-    results = {name: InputStatistics(tensors[f"{name}.hessian"], tensors[f"{name}.mean_abs"]) for name in firsts}
+    results = _statistics(tensors, firsts)
     return {name: results[leaders[name]] for name in layers}
+
+
+def guided_statistics(
+    objective: Objective, *, cache: TensorCache | None = None, label: str = "gradients and input statistics"
+) -> tuple[GradientMoments, dict[str, InputStatistics]]:
+    """Run the calibration set once forward and backward at the original weights.
+
+    Args:
+        objective: the model, its layers and the calibration set.
+        cache: where results are kept.
+
+    Returns:
+        What :meth:`Objective.gradients` returns, and statistics by layer name, of each layer its own.
+    """
+    device = objective.device
+
+    def collect() -> dict[str, Tensor]:
+        sums = {name: _Moments(layer.in_features, device) for name, layer in objective.layers.items()}
+        moments = objective.walk_start({name: part.add_guided for name, part in sums.items()}, label=label)
+        return moments.flat() | _flat(sums)
+
+    tensors = (cache or TensorCache()).get(lambda: objective.fingerprint(gradients="with inputs"), device, collect)
+    return GradientMoments.from_flat(tensors), _statistics(tensors, objective.layers)
+
+
+def _flat(moments: Mapping[str, _Moments]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for name, moment in moments.items() for part, tensor in moment.result().items()}
+
+
+def _statistics(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, InputStatistics]:
+    return {name: InputStatistics(tensors[f"hessian.{name}"], tensors[f"mean_abs.{name}"]) for name in names}
 
 
 def _collect(
@@ -103,7 +147,7 @@ def _collect(
     device = next(model.parameters()).device
     moments = {name: _Moments(layer.in_features, device) for name, layer in layers.items()}
     hooks = [
-        layers[name].register_forward_pre_hook(lambda _, inputs, m=moment: m.add(inputs[0]))
+        layers[name].register_forward_pre_hook(lambda _, inputs, m=moment: m.add(inputs[0].flatten(0, -2)))
         for name, moment in moments.items()
     ]
     try:
@@ -113,7 +157,7 @@ def _collect(
     finally:
         for hook in hooks:
             hook.remove()
-    return {f"{name}.{part}": tensor for name, moment in moments.items() for part, tensor in moment.result().items()}
+    return _flat(moments)
 
 
 def _shared_inputs(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> dict[str, str]:

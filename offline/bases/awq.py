@@ -40,8 +40,8 @@ class Awq(UniformBase):
             float32 ``[channels]``, positive; ones where nothing is better.
         """
         weights = [_some_rows(layer.weight.data).float() for layer in fold.consumers.values()]
-        statistics = inputs[next(iter(fold.consumers))]
-        activation = fold.per_channel(statistics.mean_abs).clamp(min=1e-8)
+        statistics = [inputs[name] for name in fold.consumers]
+        activation = fold.per_channel(statistics[0].mean_abs).clamp(min=1e-8)
         magnitude = fold.per_channel(self._relative_magnitude(weights)).clamp(min=1e-4)
         best, best_loss = torch.ones_like(activation), torch.inf
         candidates = [torch.ones_like(activation)]
@@ -66,13 +66,13 @@ class Awq(UniformBase):
             total += relative.flatten(1)[:, : weight.shape[1]].sum(0)
         return total / sum(len(weight) for weight in weights)
 
-    def _loss(self, weights: list[Tensor], scale: Tensor, statistics: InputStatistics) -> float:
+    def _loss(self, weights: list[Tensor], scale: Tensor, statistics: list[InputStatistics]) -> float:
         loss = 0.0
-        for weight in weights:
+        for weight, seen in zip(weights, statistics, strict=True):
             scaled = weight * scale
             grid = minmax_grid(scaled, self.group_size, self.width)
             error = (rounded(scaled, grid, self.group_size) / scale).sub_(weight)
-            loss += statistics.output_error(error)
+            loss += seen.output_error(error)
         return loss
 
     def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:

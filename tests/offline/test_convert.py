@@ -19,7 +19,7 @@ from vllm_requant.offline.pipeline import plan
 from vllm_requant.offline.pqi import Objective
 from vllm_requant.offline.recipe import Recipe, RecipeError
 from vllm_requant.offline.save import convert_and_save
-from vllm_requant.offline.statistics import input_statistics
+from vllm_requant.offline.statistics import HESSIANS, guided_statistics, input_statistics
 
 SMALL = {"num_samples": 3, "seq_len": 24, "nodes": 2, "outliers": 0.01, "significant": 0.004}
 
@@ -201,7 +201,10 @@ def test_refit_never_raises_the_calibration_loss(tmp_path: Path, base: str) -> N
     assert loss[True] <= loss[False] + 1e-4
 
 
-def test_losses_are_measured_on_sequences_set_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hessian", HESSIANS)
+def test_losses_are_measured_on_sequences_set_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessian: str
+) -> None:
     seen = {}
     loss = Objective.loss
 
@@ -209,13 +212,18 @@ def test_losses_are_measured_on_sequences_set_apart(tmp_path: Path, monkeypatch:
         seen["statistics"] = tokens
         return input_statistics(model, layers, tokens, **settings)
 
+    def guided(objective, **settings):  # type: ignore[no-untyped-def]
+        seen["statistics"] = objective.tokens
+        return guided_statistics(objective, **settings)
+
     def measured(self, *arguments, **settings):  # type: ignore[no-untyped-def]
         seen["losses"] = self.tokens
         return loss(self, *arguments, **settings)
 
     monkeypatch.setattr(pipeline, "input_statistics", statistics)
+    monkeypatch.setattr(pipeline, "guided_statistics", guided)
     monkeypatch.setattr(Objective, "loss", measured)
-    _convert(tiny.save(tmp_path / "in"), tmp_path / "out", base="gptq", num_samples=8, path_samples=3)
+    _convert(tiny.save(tmp_path / "in"), tmp_path / "out", base="gptq", num_samples=8, path_samples=3, hessian=hessian)
     assert (len(seen["losses"]), len(seen["statistics"])) == (3, 5)
     assert not set(map(tuple, seen["losses"].tolist())) & set(map(tuple, seen["statistics"].tolist()))
 

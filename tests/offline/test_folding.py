@@ -1,5 +1,7 @@
 """Folding scales changes weights, never what the model computes; statistics are those of the inputs."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from tests import tiny
 from vllm_requant.offline.bases import Awq
 from vllm_requant.offline.folding import PAIRS, apply_fold, find_folds
 from vllm_requant.offline.models import COMPUTE_DTYPES, ModelError, computing_in, find_layers
-from vllm_requant.offline.statistics import input_statistics
+from vllm_requant.offline.pqi import Objective
+from vllm_requant.offline.statistics import guided_statistics, input_statistics
 
 ARCHITECTURES = sorted(tiny.CONFIGS)
 
@@ -83,7 +86,7 @@ def test_awq_scales_lower_the_output_error_they_are_chosen_by(architecture: str)
     better = 0
     for fold in find_folds(model):
         weights = [layer.weight.data for layer in fold.consumers.values()]
-        statistics = inputs[next(iter(fold.consumers))]
+        statistics = [inputs[name] for name in fold.consumers]
         scale = base.fold_scale(fold, inputs)
         assert (scale > 0).all()
         chosen = base._loss(weights, fold.spread(scale), statistics)
@@ -91,6 +94,42 @@ def test_awq_scales_lower_the_output_error_they_are_chosen_by(architecture: str)
         assert chosen <= plain
         better += chosen < plain
     assert better
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3"])
+def test_guided_statistics_weight_tokens_by_squared_gradients(architecture: str) -> None:
+    model = _model(architecture)
+    layers = find_layers(model)
+    tokens = _tokens()
+    objective = Objective(model, layers, tokens)
+    gradients, result = guided_statistics(objective)
+    expected = {name: torch.zeros_like(result[name].hessian) for name in layers}
+    for row in tokens:
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(layer, x, out, *, name, seen=seen):  # type: ignore[no-untyped-def]
+            out.retain_grad()
+            seen[name] = x[0], out
+
+        hooks = [layer.register_forward_hook(partial(keep, name=name)) for name, layer in layers.items()]
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        logits = model(row[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+        for hook in hooks:
+            hook.remove()
+        for name, (x, out) in seen.items():
+            scale = len(row) / (len(row) - 1)  # of the mean over predicted tokens
+            importance = (out.grad[0] * scale).square().mean(1)
+            expected[name] += torch.einsum("t,ti,tj->ij", importance, x[0], x[0]).detach() / tokens.numel()
+        model.zero_grad()
+        model.requires_grad_(False)
+    for name, hessian in expected.items():
+        torch.testing.assert_close(result[name].hessian, hessian, rtol=1e-3, atol=1e-5 * float(hessian.max()))
+    plain = objective.gradients()
+    for name in layers:
+        torch.testing.assert_close(gradients.square[name], plain.square[name])
+        torch.testing.assert_close(gradients.gradient[name], plain.gradient[name])
 
 
 def test_unknown_architecture_is_refused_by_name() -> None:

@@ -56,6 +56,9 @@ def command(
     tune_epochs: Annotated[
         int, typer.Option(help="Passes over the calibration set that tune scales, tables and norms.")
     ] = 0,
+    hessian: Annotated[
+        str, typer.Option(help="Weights of a layer's output errors: guided (by gradients), or inputs (all alike).")
+    ] = "guided",
     lm_head_bits: Annotated[int, typer.Option(help="8 or 4 quantizes the output head (rtn); 16 leaves it.")] = 16,
     calibration_dataset: Annotated[
         str, typer.Option(help="self (sampled from the model), a text or JSONL file, or a Hub data set.")
@@ -105,6 +108,7 @@ def command(
             outlier_rule=outlier_rule,
             refit=refit,
             tune_epochs=tune_epochs,
+            hessian=hessian,
             quadrature=quadrature,
             nodes=nodes,
             labels=labels,
