@@ -342,6 +342,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"target_bpw": 3.0, "outliers": 0.001}, "--outliers"),
         ({"target_bpw": 3.0, "outlier_rule": "base"}, "--outlier-rule"),
         ({"labels": "both"}, "--labels"),
+        ({"hessian": "outputs"}, "--hessian"),
         ({"path_samples": 0}, "--path-samples"),
         ({"path_samples": 4, "num_samples": 4}, "--path-samples"),
         ({"nodes": 1, "quadrature": "uniform"}, "--nodes"),
