@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +30,18 @@ __all__ = ["BudgetSearch", "layer_sizes"]
 log = logging.getLogger(__name__)
 _SHARES = (0.0, 0.0005, 0.002, 0.005)
 _MAX_LAYER_SHARE = 0.1
+_OUTLIER_PARTS = (0.5, 0.9)
 _OUTLIER_TAU = 0.5
 
 Precisions = dict[str, Precision]
+
+
+class _Proposal(NamedTuple):
+    """What to call it, the precision of every layer, and bits that the sparse part may take."""
+
+    what: str
+    precisions: Precisions
+    room: float
 
 
 def layer_sizes(shapes: Mapping[str, torch.Size], recipe: Recipe) -> dict[str, dict[Precision, float]]:
@@ -99,26 +109,36 @@ class BudgetSearch(Search):
 
     def _round(self, label: str) -> None:
         """Look at the best precisions known, allocate anew, and measure candidates."""
-        first = self.best is None
-        now, fits = self._largest_uniform() if self.best is None else (self.best[1], True)
+        now, fits = self._largest_uniform() if self.best is None else (self.best[1], False)
         restored = self.quantizer.restored(self._quantize_at(now, label), self.quantizer.no_masks())
         with self.stages.stage("integral"):
             path = self.measurements.path(restored, label)
             costs = self._costs(now, self.measurements.shares(restored, path))
         del restored
-        if first and fits:
-            self._try(now, self.budget - self._dense_bits(now), path, "one precision")
+        proposals = [_Proposal("one precision", now, self._left(now))] if fits else []
         for share, what in self._sparse_shares():
             room = self.budget - share * self.numel
-            if share and room < self.smallest:
-                continue
-            chosen = allocate(self.size, costs, room)
-            left = self.budget - self._dense_bits(chosen) if share else 0.0
-            self._try(chosen, left, path, what)
-            # outliers lie in all layers, whose pointers they have to pay for
-            affordable = 0.5 * left > sum(self.pointer_bits.values())
-            if affordable and BASES[self.recipe.base].usual_shares[0] and self.recipe.significant is None:
-                self._try(chosen, left, path, f"{what}, half of it outliers", outlier_part=0.5)
+            if not share or room >= self.smallest:
+                chosen = allocate(self.size, costs, room)
+                proposals.append(_Proposal(what, chosen, self._left(chosen) if share else 0.0))
+        # several shares may lead to the same
+        distinct = [p for number, p in enumerate(proposals) if all(p[1:] != other[1:] for other in proposals[:number])]
+        self._try_outliers([(self._try(proposal, path), proposal) for proposal in distinct], path)
+
+    def _try_outliers(self, tried: list[tuple[float, _Proposal]], path: PathIntegral | None) -> None:
+        """Let ever more of the best sparse part be outliers, as long as that helps."""
+        if self.recipe.significant is not None or not BASES[self.recipe.base].usual_shares[0]:
+            return
+        # outliers lie in all layers, whose pointers they have to pay for
+        pointers = sum(self.pointer_bits.values())
+        roomy = [(loss, proposal) for loss, proposal in tried if _OUTLIER_PARTS[0] * proposal.room > pointers]
+        if not roomy:
+            return
+        loss, best = min(roomy, key=lambda candidate: candidate[0])
+        for part in _OUTLIER_PARTS:
+            before, loss = loss, self._try(best, path, outlier_part=part)
+            if loss >= before:
+                return
 
     def _largest_uniform(self) -> tuple[Precisions, bool]:
         """The largest precision that fits for all layers, or the smallest; and whether it fits."""
@@ -139,6 +159,9 @@ class BudgetSearch(Search):
 
     def _dense_bits(self, precisions: Precisions) -> float:
         return sum(self.size[name][precision] for name, precision in precisions.items())
+
+    def _left(self, precisions: Precisions) -> float:
+        return self.budget - self._dense_bits(precisions)
 
     def _spec(self, name: str, nnz: int) -> LayerSpec:
         shape = self.weights[name].shape
@@ -161,10 +184,11 @@ class BudgetSearch(Search):
         self.quantizer.precision = precisions
         return self.quantize(None, f"quantizing, {label}")
 
-    def _try(
-        self, precisions: Precisions, room: float, path: PathIntegral | None, label: str, *, outlier_part: float = 0.0
-    ) -> None:
-        """Measure a candidate whose sparse part may take ``room`` bits."""
+    def _try(self, proposal: _Proposal, path: PathIntegral | None, *, outlier_part: float = 0.0) -> float:
+        """The loss of a candidate, so much of whose sparse part is outliers."""
+        label, precisions, room = proposal
+        if outlier_part:
+            label += f", {outlier_part:.0%} of it outliers"
         dense = self._quantize_at(precisions, label)
         masks = self.quantizer.no_masks()
         if room > 0 and self.recipe.significant != 0:
@@ -182,6 +206,7 @@ class BudgetSearch(Search):
         self.candidates.append({"what": label, "nnz": nnz, "calibration_loss": loss})
         if self.best is None or loss < self.best[0]:
             self.best = loss, precisions, dense, masks
+        return loss
 
     def _outliers(self, scores: Mapping[str, Tensor], room: float) -> Masks:
         numel = {name: weight.numel() for name, weight in self.weights.items()}
