@@ -1,23 +1,19 @@
 """Time and peak memory of the stages of a conversion."""
 
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-import psutil
 import torch
 
 __all__ = ["Stages"]
 
-_INTERVAL = 0.02
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Stages:
     """A clock for named stages; one that runs inside another counts for both.
-
-    A thread looks at the memory of the process fifty times a second: not every system lets a process set the kernel's
-    own high-water mark back.
 
     Attributes:
         seconds: by stage, summed over its runs.
@@ -29,32 +25,19 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self._running: list[str] = []
-        self._process = psutil.Process()
-        self._lock = threading.Lock()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure what a block takes."""
-        self._look_at_accelerator()
-        ended = threading.Event()
-        with self._lock:
-            self._running.append(name)
-        watcher = threading.Thread(target=self._watch, args=(ended,), daemon=True) if len(self._running) == 1 else None
-        if watcher is not None:
-            watcher.start()
-        self._look()
+        self._settle()
+        self._running.append(name)
         started = time.monotonic()
         try:
             yield
         finally:
+            self._settle()
+            self._running.pop()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            if watcher is not None:
-                ended.set()
-                watcher.join()
-            self._look()
-            self._look_at_accelerator()
-            with self._lock:
-                self._running.pop()
 
     def report(self) -> dict[str, dict[str, float]]:
         """Seconds and MiB by stage."""
@@ -63,20 +46,19 @@ class Stages:
             "peak_mib": {name: round(value / 2**20, 1) for name, value in self.peak_bytes.items()},
         }
 
-    def _watch(self, ended: threading.Event) -> None:
-        while not ended.wait(_INTERVAL):
-            self._look()
-
-    def _look(self) -> None:
-        self._book(self._process.memory_info().rss, "")
-
-    def _look_at_accelerator(self) -> None:
-        """Book the peak since the last call, and start a new one."""
+    def _settle(self) -> None:
+        """Book the peak since the last call on all that runs, and start a new one."""
+        peaks = {"": _resident_peak()}
         if torch.cuda.is_initialized():
-            self._book(torch.cuda.max_memory_allocated(), " (cuda)")
+            peaks[" (cuda)"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+        for name in self._running:
+            for suffix, peak in peaks.items():
+                self.peak_bytes[name + suffix] = max(self.peak_bytes.get(name + suffix, 0), peak)
+        with suppress(OSError):  # where it is not allowed, a peak is that since the process began
+            _CLEAR.write_text("5")  # the kernel sets the high-water mark back to what is resident now
 
-    def _book(self, held: int, suffix: str) -> None:
-        with self._lock:
-            for name in self._running:
-                self.peak_bytes[name + suffix] = max(self.peak_bytes.get(name + suffix, 0), held)
+
+def _resident_peak() -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
