@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from .bases import BASES, Base
+from .bases import BASES, Base, Rtn
 from .metrics import METRICS
 from .models import COMPUTE_DTYPES
 from .pqi import LABELS, QUADRATURES, quadrature
@@ -13,7 +13,6 @@ __all__ = ["OUTLIER_RULES", "Precision", "Recipe", "RecipeError"]
 
 OUTLIER_RULES = ("magnitude", "range", "base")
 _MAX_SHARE = 0.1
-_GROUP_SIZES = (32, 64, 128)  # to choose from under a target
 
 
 class Precision(NamedTuple):
@@ -28,6 +27,10 @@ class Precision(NamedTuple):
     group_size: int
 
 
+_GROUP_SIZES = (32, 64, 128)  # to choose from under a target
+_EIGHT = Precision(8, 128)  # of any base, for the few layers that are worth it: plain rounding is as good as any
+
+
 class RecipeError(ValueError):
     """A choice is out of range or contradicts another; the message names the flag."""
 
@@ -40,7 +43,8 @@ class Recipe:
         base: dense quantizer, a key of ``BASES``.
         bits: width of a code.
         target_bpw: stored bits a weight, everything counted; the width of each layer, the size of its groups and the
-            share of sparse weights are then chosen, and ``bits`` and ``group_size`` not used.
+            share of sparse weights are then chosen, and ``bits`` and ``group_size`` not used. Bases of up to 4 bits
+            give a layer 8 where that pays, as a plain uniform one.
         target_size: the same as bytes of all weights of the checkpoint, quantized or not.
         group_size: input features that share a scale, for bases with groups.
         state_bits: of the trellis, for qtip: a bit more halves the gap to the best code and doubles the time.
@@ -106,10 +110,12 @@ class Recipe:
         for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
             if share is not None and not 0 <= share <= _MAX_SHARE:
                 raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")
-        if self.target_bpw is not None and not min(base.bits) <= self.target_bpw <= max(base.bits) + 1:
-            raise RecipeError(
-                f"--target-bpw {self.target_bpw:g}: {self.base} reaches from {min(base.bits)} to about {max(base.bits)}"
-            )
+        if self.target_bpw is not None:
+            widest = max([*base.bits, *(precision.bits for precision in self.precisions)])
+            if not min(base.bits) <= self.target_bpw <= widest + 1:
+                raise RecipeError(
+                    f"--target-bpw {self.target_bpw:g}: {self.base} reaches from {min(base.bits)} to about {widest}"
+                )
         if self.target_bpw is not None and self.target_size is not None:
             raise RecipeError("--target-size: --target-bpw is given too; choose one of them")
         if self.has_target and (self.outliers or self.outlier_rule == "base"):
@@ -166,6 +172,8 @@ class Recipe:
         """The base, at another precision than the recipe's if one is given."""
         base, options = BASES[self.base], asdict(self)
         bits, options["group_size"] = precision or self.precision
+        if bits not in base.bits:
+            return Rtn(bits, options["group_size"])
         return base(bits, **{option: options[option] for option in base.options})
 
     @property
@@ -178,15 +186,16 @@ class Recipe:
 
     @property
     def precisions(self) -> list[Precision]:
-        """What a layer may get under a target: widths up to those next to it, with every size of groups."""
+        """What a layer may get under a target: widths up to those next to it, with every size of groups; and 8 bit."""
         assert self.target_bpw is not None
         base = BASES[self.base]
         target = self.target_bpw
-        near = [bits for bits in base.bits if bits < target + 2 or (bits == 8 and target > 4)]
+        near = [bits for bits in base.bits if bits < min(target + 2, _EIGHT.bits)]
         if "state_bits" in base.options:
             near = [bits for bits in near if target - 2 < bits and 2 * bits <= self.state_bits]
+            return [Precision(bits, self.group_size) for bits in near]
         sizes = _GROUP_SIZES if "group_size" in base.options else (self.group_size,)
-        return [Precision(bits, size) for bits in near for size in sizes]
+        return [Precision(bits, size) for bits in near for size in sizes] + [_EIGHT]
 
     @property
     def ranks(self) -> bool:

@@ -137,6 +137,15 @@ def test_target_is_met_with_precision_where_it_pays(
         assert share == pytest.approx(significant, rel=0.02)
 
 
+def test_layers_that_are_worth_it_get_eight_bits(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "in")
+    _, conversion = _convert(source, tmp_path / "out", target_bpw=7.0, outliers=None, significant=0.0)
+    kinds = {(layer.spec.kind, layer.spec.bits) for layer in conversion.layers.values()}
+    assert ("uniform", 8) in kinds
+    assert any(kind == "lut" for kind, _ in kinds)
+    assert Checkpoint(tmp_path / "out").config.bits_per_weight <= 7.0
+
+
 def test_a_size_of_the_checkpoint_is_met(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "in")
     _convert(source, tmp_path / "uniform", base="gptq", bits=3, outliers=0.0, significant=0.0)
@@ -337,7 +346,7 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"nodes": 0}, "--nodes"),
         ({"compute": "int8"}, "--compute"),
         ({"target_bpw": 1.5}, "--target-bpw"),
-        ({"target_bpw": 6.0}, "--target-bpw"),
+        ({"target_bpw": 9.5}, "--target-bpw"),
         ({"target_bpw": 3.0, "target_size": 1000}, "--target-size"),
         ({"target_bpw": 3.0, "outliers": 0.001}, "--outliers"),
         ({"target_bpw": 3.0, "outlier_rule": "base"}, "--outlier-rule"),
