@@ -92,7 +92,7 @@ def input_statistics(
         model: with the weights that the statistics are to be of.
         layers: by name.
         tokens: int64 ``[num_samples, seq_len]``.
-        compute: precision of the model, a key of ``COMPUTE_DTYPES``; sums are of float32 or more.
+        compute: precision of the model, a key of ``COMPUTE_DTYPES``; sums are in float32.
         cache: where results are kept.
 
     Returns:
