@@ -203,7 +203,7 @@ def to_layer(spec: UniformSpec, codes: Tensor, grid: Grid) -> DenseLayer:
         spec,
         {
             "qweight": pack_codes(codes.to(torch.uint8), spec.bits),
-            "scales": grid.scales.to(torch.float16),
+            "scales": grid.scales.to(torch.float16).contiguous(),
             "qzeros": pack_codes(grid.zeros.to(torch.uint8), spec.bits),
         },
     )

@@ -43,6 +43,7 @@ def test_result_is_a_valid_layer_of_the_promised_spec(name: str, bits: int) -> N
     dense = base.quantize(_layer())
     assert dense.spec == base.spec(COLUMNS, ROWS)
     QuantizedLayer(dense.spec, dense.tensors).check(name=name)
+    assert all(tensor.is_contiguous() for tensor in dense.tensors.values()), "files hold nothing else"
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -152,6 +153,7 @@ def test_refit_obeys_the_interface(name: str) -> None:
     dense = base.refit(layer, base.quantize(layer), exact)
     assert dense.spec == base.spec(COLUMNS, ROWS)
     QuantizedLayer(dense.spec, dense.tensors).check(name=name)
+    assert all(tensor.is_contiguous() for tensor in dense.tensors.values()), "files hold nothing else"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
