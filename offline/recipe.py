@@ -61,9 +61,9 @@ class Recipe:
             ``HESSIANS``: "guided": the loss's gradients; "inputs": nothing, as in GPTQ and its peers.
         quadrature, nodes: how the path is integrated.
         labels: what F measures, a key of ``LABELS``.
-        path_samples: so many of the calibration sequences are set apart for losses, gradients and path integrals, and
-            statistics of the inputs and tuning see only the others: a loss on text that codes and tables were fitted
-            to is too good. None uses all sequences for everything.
+        path_samples: so many of the calibration sequences are set apart for losses and path integrals; gradients at
+            the original weights, statistics of the inputs and tuning see only the others: a loss on text that codes
+            and tables were fitted to is too good. None uses all sequences for everything.
         compute: precision of forward and backward passes, a key of ``COMPUTE_DTYPES``.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
