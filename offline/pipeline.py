@@ -143,7 +143,6 @@ class _Run:
         self.layers = find_layers(self.model)
         self.base = self.recipe.make_base()
         self.inputs: dict[str, InputStatistics] = {}
-        self.refits = self._refits()
         self.objective: Objective | None = None
         if self.tokens is not None:
             apart = self.recipe.path_samples
@@ -151,6 +150,7 @@ class _Run:
                 self.model, self.layers, self.tokens[:apart], labels=self.recipe.labels, compute=self.recipe.compute
             )
             self.tokens = self.tokens[apart:]  # what statistics and tuning see
+        self.refits = self._refits()
 
     def convert(self) -> Conversion:
         loss_original = None
