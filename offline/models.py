@@ -148,7 +148,7 @@ def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "au
         target = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
     # the 16-bit model is the reference: round once here, compute in float32 from there on. Buffers such as the
     # rotary frequencies are computed, not stored, and must not be rounded.
-    kept = _store_layers(model)
+    kept = _store_matrices(model)
     for parameter in model.parameters():
         rounded = parameter.data.to(target)
         parameter.data = rounded if id(parameter) in kept else rounded.float()
@@ -172,17 +172,32 @@ class StoredLinear(nn.Linear):
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
-def _store_layers(model: nn.Module) -> set[int]:
-    """Let the decoder blocks' linear layers cast their weights when they run; identities of those weights."""
-    _, blocks = decoder_blocks(model)
-    kept = set()
-    for name, layer in list(blocks.named_modules()):
-        if type(layer) is nn.Linear:
-            stored = StoredLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            stored.weight, stored.bias = layer.weight, layer.bias
-            blocks.set_submodule(name, stored)
-            kept.add(id(layer.weight))
-    return kept
+class StoredEmbedding(nn.Embedding):
+    """An embedding whose rows are held in fewer bits than the model computes in."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).float()
+
+
+def _store_matrices(model: nn.Module) -> set[int]:
+    """Let linear layers and embeddings cast their weights when they run; identities of those weights."""
+    kept, others = set(), set()
+    for name, module in list(model.named_modules()):
+        stored: nn.Linear | nn.Embedding
+        if type(module) is nn.Linear:
+            stored = StoredLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            stored.bias = module.bias
+        elif type(module) is nn.Embedding:
+            stored = StoredEmbedding(
+                module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta"
+            )
+        else:
+            others |= {id(parameter) for parameter in module.parameters(recurse=False)}
+            continue
+        stored.weight = module.weight  # a tied one stays tied
+        model.set_submodule(name, stored)
+        kept.add(id(module.weight))
+    return kept - others  # a head may be tied to an embedding of another class, which casts nothing
 
 
 def computing_in(compute: str, device: torch.device) -> AbstractContextManager[object]:

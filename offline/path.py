@@ -45,6 +45,8 @@ class MovingLayer:
             return self.start.to(dtype)
         if self.t == 1.0:
             return self.end.to(dtype)
+        if self.start.dtype == self.end.dtype == dtype:
+            return torch.lerp(self.start, self.end, self.t)  # in float32 inside, and rounded once
         return torch.lerp(self.start.float(), self.end.float(), self.t).to(dtype)
 
     def collect(self, grad_output: Tensor, x: Tensor) -> None:
@@ -52,7 +54,7 @@ class MovingLayer:
         x, grad_output = x.flatten(0, -2), grad_output.flatten(0, -2)
         if self.gradient is not None:
             product = grad_output.t() @ x
-            self.gradient.add_(product.to(self.gradient.device, torch.float32), alpha=self.share)
+            self.gradient.add_(product.to(self.gradient.device), alpha=self.share)
         if self.observer is not None:
             self.observer(x, grad_output)
 
