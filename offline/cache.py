@@ -54,7 +54,7 @@ class TensorCache:
         if path.is_file():
             try:
                 tensors = load_file(path, device=str(device))
-                log.info("taken from the cache: %s", path)
+                log.debug("taken from the cache: %s", path)
                 return tensors
             except SafetensorError:
                 log.warning("%s is damaged and will be computed anew", path)
