@@ -113,14 +113,17 @@ class BudgetSearch(Search):
         restored = self.quantizer.restored(self._quantize_at(now, label), self.quantizer.no_masks())
         with self.stages.stage("integral"):
             path = self.measurements.path(restored, label)
-            costs = self._costs(now, self.measurements.shares(restored, path))
+            splits = self.measurements.splits(restored, path)
         del restored
         proposals = [_Proposal("one precision", now, self._left(now))] if fits else []
-        for share, what in self._sparse_shares():
-            room = self.budget - share * self.numel
-            if not share or room >= self.smallest:
-                chosen = allocate(self.size, costs, room)
-                proposals.append(_Proposal(what, chosen, self._left(chosen) if share else 0.0))
+        for split, shares in splits.items():
+            costs = self._costs(now, shares)
+            for share, what in self._sparse_shares():
+                room = self.budget - share * self.numel
+                if not share or room >= self.smallest:
+                    chosen = allocate(self.size, costs, room)
+                    label = f"{what}, layers by {split}"
+                    proposals.append(_Proposal(label, chosen, self._left(chosen) if share else 0.0))
         # several shares may lead to the same
         distinct = [p for number, p in enumerate(proposals) if all(p[1:] != other[1:] for other in proposals[:number])]
         self._try_outliers([(self._try(proposal, path), proposal) for proposal in distinct], path)

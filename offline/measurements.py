@@ -89,14 +89,24 @@ class Measurements:
         delta = restored[name].float() - weight.float()
         return Sensitivity.of(name, weight, delta, self.start, path, self._generator)
 
-    def path(self, restored: Mapping[str, Tensor], label: str) -> PathIntegral | None:
-        """The integral from w to w̃, if the recipe's metric looks at one."""
-        return self.integrate(restored, label) if self.metric.needs_path else None
+    def path(self, restored: Mapping[str, Tensor], label: str, *, for_scores: bool = False) -> PathIntegral | None:
+        """The integral from w to w̃, if the recipe's metric looks at one; or only if its scores do."""
+        unused = not self.metric.needs_path or (for_scores and self.metric.path_is_for_layers)
+        return None if unused else self.integrate(restored, label)
 
     def scores(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, Tensor]:
         """The recipe's metric of every weight for the step from w to w̃."""
         return {name: self.metric.score(self.sensitivity(name, restored, path)) for name in self.weights}
 
-    def shares(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, float]:
-        """The recipe's metric of every layer for the step from w to w̃."""
-        return {name: self.metric.share(self.sensitivity(name, restored, path)) for name in self.weights}
+    def levels(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, float]:
+        """S_l of algorithm 1, by layer."""
+        return {name: self.metric.level(self.sensitivity(name, restored, path)) for name in self.weights}
+
+    def splits(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, dict[str, float]]:
+        """What every layer adds to the loss in the step from w to w̃, by the name of the split and by layer."""
+        shares: dict[str, dict[str, float]] = {split: {} for split in self.metric.splits}
+        for name in self.weights:
+            layer = self.sensitivity(name, restored, path)
+            for split, share in self.metric.splits.items():
+                shares[split][name] = share(layer)
+        return shares

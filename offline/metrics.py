@@ -4,7 +4,7 @@ All of them come from the same passes: the gradients at the original weights, an
 quantized ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,17 +61,26 @@ class Metric(NamedTuple):
 
     Attributes:
         score: non-negative, of every weight of a layer; comparable between layers.
-        share: what the layer as a whole adds to the loss, up to a factor common to all layers.
+        splits: what the layer as a whole adds to the loss, up to a factor common to all layers; by name. Where there
+            are several, what each leads to is measured.
         needs_start: whether it looks at the gradients at w.
         needs_path: whether it looks at the path integral.
         needs_squares: whether it looks at the path's second moments.
+        path_is_for_layers: the path integral, if needed, does not influence the scores.
     """
 
     score: Callable[[Sensitivity], Tensor]
-    share: Callable[[Sensitivity], float]
+    splits: Mapping[str, Callable[[Sensitivity], float]]
     needs_start: bool = False
     needs_path: bool = False
     needs_squares: bool = False
+    path_is_for_layers: bool = False
+
+    def level(self, layer: Sensitivity) -> float:
+        """S_l of algorithm 1: the mean over the layer's weights of what layers are compared by."""
+        if self.path_is_for_layers:
+            return next(iter(self.splits.values()))(layer) / layer.weight.numel()
+        return float(self.score(layer).mean(dtype=torch.float64))
 
 
 def _given(moment: Tensor | None) -> Tensor:
@@ -107,16 +116,26 @@ def _total(score: Callable[[Sensitivity], Tensor]) -> Callable[[Sensitivity], fl
 
 METRICS: dict[str, Metric] = {
     # arXiv 2503.01901: |Δ · path-averaged gradient|, averaged over the set before the absolute value
-    "pqi": Metric(_pqi, _path_share, needs_path=True),
+    "pqi": Metric(_pqi, {"PQI": _path_share}, needs_path=True),
+    # ours: PQI, which splits ΔF exactly, for layers; Fisher's second moment, which is less noisy, for single weights
+    "pqi-fisher": Metric(
+        _fisher,
+        {"PQI": _path_share, "Fisher": _total(_fisher)},
+        needs_start=True,
+        needs_path=True,
+        path_is_for_layers=True,
+    ),
     # ours: PQI's path with Fisher's second moment, which over-fits a small calibration set less
-    "path-fisher": Metric(_path_fisher, _path_share, needs_path=True, needs_squares=True),
+    "path-fisher": Metric(_path_fisher, {"PQI": _path_share}, needs_path=True, needs_squares=True),
     # the diagonal second-order estimate with the empirical Fisher information for the Hessian (SqueezeLLM)
-    "fisher": Metric(_fisher, _total(_fisher), needs_start=True),
-    "first-order": Metric(_first_order, _total(_first_order), needs_start=True),
+    "fisher": Metric(_fisher, {"Fisher": _total(_fisher)}, needs_start=True),
+    "first-order": Metric(_first_order, {"first order": _total(_first_order)}, needs_start=True),
     # controls: what can be done without text, and what chance does
-    "magnitude": Metric(lambda s: s.weight.abs(), lambda s: float(s.delta.square().sum(dtype=torch.float64))),
+    "magnitude": Metric(
+        lambda s: s.weight.abs(), {"error": lambda s: float(s.delta.square().sum(dtype=torch.float64))}
+    ),
     "random": Metric(
         lambda s: torch.rand(s.weight.shape, generator=s.generator).to(s.weight.device),
-        lambda s: float(torch.rand((), generator=s.generator)) * s.weight.numel(),
+        {"chance": lambda s: float(torch.rand((), generator=s.generator)) * s.weight.numel()},
     ),
 }

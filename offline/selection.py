@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import outliers
@@ -95,14 +94,13 @@ class Selector(Search):
         pre = self.quantize(None, "pre-quantizing")
         with self.stages.stage("outlier_ratio"):
             restored = self.quantizer.restored(pre, self.quantizer.no_masks())
-            scores = self.measurements.scores(restored, self.measurements.path(restored, "pre-quantized"))
-            mean_score = {name: float(score.mean(dtype=torch.float64)) for name, score in scores.items()}
-            del restored, scores, pre
+            level = self.measurements.levels(restored, self.measurements.path(restored, "pre-quantized"))
+            del restored, pre
         numel = {name: weight.numel() for name, weight in self.weights.items()}
         budget = round(self.recipe.outliers * sum(numel.values()))
         best: tuple[float, Dense, Masks] | None = None
         for tau in outliers.TAUS:
-            counts = outliers.adaptive_counts(mean_score, numel, budget, tau)
+            counts = outliers.adaptive_counts(level, numel, budget, tau)
             masks = self._outlier_masks(counts)
             dense = self.quantize(masks, f"re-quantizing, τ = {tau:g}")
             with self.stages.stage("outlier_ratio"):
@@ -126,7 +124,7 @@ class Selector(Search):
         def measure(masks: Masks, number: int) -> dict[str, Tensor]:
             with self.stages.stage("significant"):
                 restored = self.quantizer.restored(dense, masks)
-                path = self.measurements.path(restored, f"detach, round {number + 1}")
+                path = self.measurements.path(restored, f"detach, round {number + 1}", for_scores=True)
                 return self.measurements.scores(restored, path)
 
         return detach_steps(measure, masks, budget, self.recipe.rounds)

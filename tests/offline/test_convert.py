@@ -99,8 +99,23 @@ def test_detaching_lowers_the_calibration_loss(tmp_path: Path) -> None:
             source, tmp_path / metric, bits=2, metric=metric, outliers=0.0, significant=0.02, refit=False
         )
         loss[metric] = conversion.report["calibration_loss"]
-    for metric in ("pqi", "path-fisher", "fisher"):
+    for metric in ("pqi", "pqi-fisher", "path-fisher", "fisher"):
         assert loss[metric] < loss["random"], loss
+
+
+def test_layers_by_pqi_and_weights_by_fisher(tmp_path: Path) -> None:
+    """One integral, for the layers' ratios; under a target both ways to compare layers are tried."""
+    source = tiny.save(tmp_path / "in")
+    _, conversion = _convert(source, tmp_path / "fixed", bits=2, metric="pqi-fisher")
+    assert [integral["stage"] for integral in conversion.report["integrals"]] == ["pre-quantized"]
+    choices = {"target_bpw": 4.6, "outliers": None, "significant": 0.0, "metric": "pqi-fisher", "rounds": 1}
+    _, conversion = _convert(source, tmp_path / "target", **choices)
+    tried = [candidate["what"] for candidate in conversion.report["allocation"]["candidates"]]
+    assert tried[0] == "one precision"
+    assert tried[1:] in (
+        ["0.00% sparse, layers by PQI", "0.00% sparse, layers by Fisher"],
+        ["0.00% sparse, layers by PQI"],  # both came to the same
+    )
 
 
 @pytest.mark.parametrize(

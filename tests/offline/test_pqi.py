@@ -144,6 +144,7 @@ def test_scores_are_the_definitions(setting) -> None:  # type: ignore[no-untyped
         "pqi": (delta * torch.stack(along).mean(0)).abs(),
         "path-fisher": delta**2 * torch.stack(along).square().mean(0),
         "fisher": delta**2 * torch.stack(at_start).square().mean(0),
+        "pqi-fisher": delta**2 * torch.stack(at_start).square().mean(0),
         "first-order": (delta * torch.stack(at_start).mean(0)).abs(),
         "magnitude": weight.abs(),
     }
@@ -152,6 +153,11 @@ def test_scores_are_the_definitions(setting) -> None:  # type: ignore[no-untyped
         torch.testing.assert_close(METRICS[metric].score(known), values, rtol=1e-3, atol=1e-9)
     random = METRICS["random"].score(known)
     assert 0.45 < random.mean() < 0.55
+    # layers: the paper's algorithm 1 looks at the mean score, ours at the layer's exact part of ΔF
+    assert METRICS["pqi"].level(known) == pytest.approx(float(expected["pqi"].mean()), rel=1e-3)
+    part = float((delta * torch.stack(along).mean(0)).sum())
+    assert METRICS["pqi-fisher"].level(known) == pytest.approx(part / delta.numel(), rel=1e-3)
+    assert METRICS["pqi-fisher"].splits["PQI"](known) == pytest.approx(part, rel=1e-3)
 
 
 def test_a_metric_demands_what_it_needs(setting) -> None:  # type: ignore[no-untyped-def]
