@@ -47,8 +47,8 @@ class CausalLM:
     """A loaded model.
 
     Attributes:
-        model: in evaluation mode. The weights of the layers to quantize are in ``dtype``, everything else in float32,
-            with values representable in ``dtype``.
+        model: in evaluation mode. Matrices of linear layers and embeddings are in ``dtype`` and cast when they run;
+            everything else is in float32, with values representable in ``dtype``.
         tokenizer: its tokenizer.
         dtype: the 16-bit type in which unquantized tensors are stored.
         source: as the user gave it.
