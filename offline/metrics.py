@@ -44,14 +44,20 @@ class Sensitivity(NamedTuple):
         path: PathIntegral | None,
         generator: torch.Generator,
     ) -> "Sensitivity":
-        """Pick one layer out of the moments of all."""
+        """Pick one layer out of the moments of all, which may lie on another device."""
+        at_start = start or GradientMoments({}, {})
+        along = path.moments if path is not None else GradientMoments({}, {})
+
+        def here(moments: Mapping[str, Tensor]) -> Tensor | None:
+            return moments[name].to(weight.device) if name in moments else None
+
         return cls(
             weight,
             delta,
-            start.gradient[name] if start is not None else None,
-            start.square[name] if start is not None else None,
-            path.moments.gradient[name] if path is not None else None,
-            path.moments.square.get(name) if path is not None else None,
+            here(at_start.gradient),
+            here(at_start.square),
+            here(along.gradient),
+            here(along.square),
             generator,
         )
 

@@ -22,6 +22,7 @@ __all__ = [
     "ModelError",
     "computing_in",
     "decoder_blocks",
+    "find_device",
     "find_layers",
     "head_module",
     "load_causal_lm",
@@ -120,13 +121,36 @@ def skeleton(source: str, *, revision: str | None = None) -> nn.Module:
     return model
 
 
-def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "auto") -> CausalLM:
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ModelError: the name says nothing, or this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"--device {name}: choose auto, cpu, cuda, or one of several GPUs such as cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"--device {name}: only cpu and cuda are supported")
+    present = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= present:
+        raise ModelError(f"--device {name}: PyTorch sees {present} GPUs here; use --device cpu, or a build with CUDA")
+    return device
+
+
+def load_causal_lm(
+    source: str, *, revision: str | None = None, dtype: str = "auto", device: torch.device | str = "cpu"
+) -> CausalLM:
     """Load a model for conversion.
 
     Args:
         source: local folder, GGUF file or Hub id.
         revision: branch, tag or commit, for a Hub id.
         dtype: "bfloat16", "float16", or "auto": the model's own type if it has 16 bits, else bfloat16.
+        device: where the model goes once its weights are rounded.
 
     Raises:
         ModelError: nothing there, not a causal language model, or not supported.
@@ -154,7 +178,7 @@ def load_causal_lm(source: str, *, revision: str | None = None, dtype: str = "au
         parameter.data = rounded if id(parameter) in kept else rounded.float()
     for buffer in model.buffers():
         buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
-    model = model.eval()
+    model = model.eval().to(device)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.use_cache = False

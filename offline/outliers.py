@@ -125,7 +125,7 @@ def random_positions(weights: Mapping[str, Tensor], share: float, seed: int) -> 
     """The control: the same share of every layer, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: _top(torch.rand(weight.shape, generator=generator), round(share * weight.numel()))
+        name: _top(torch.rand(weight.shape, generator=generator), round(share * weight.numel())).to(weight.device)
         for name, weight in weights.items()
     }
 

@@ -111,20 +111,25 @@ def _with_target(model: nn.Module, recipe: Recipe) -> Recipe:
         ) from None
 
 
-def convert(lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path | None = None) -> Conversion:
+def convert(
+    lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path | None = None, low_memory: bool = False
+) -> Conversion:
     """Convert a model.
 
     Args:
-        lm: the model. A base that folds scales rescales it in place, which leaves what it computes unchanged up to
-            rounding; tuning changes its norms; the weights of its layers are otherwise left as they are.
+        lm: the model, on the device that is to do the work. A base that folds scales rescales it in place, which
+            leaves what it computes unchanged up to rounding; tuning changes its norms; the weights of its layers are
+            otherwise left as they are.
         recipe: what to do.
         tokens: int64 ``[num_samples, seq_len]``; None only if the recipe needs no calibration.
         cache: folder in which statistics, quantized layers and path integrals are kept, so that conversions that
             differ elsewhere share them.
+        low_memory: compute activations twice instead of keeping them, and keep what is collected about weights and
+            inputs in the memory of the host; for a model that a GPU just holds.
     """
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
-    return _Run(lm, _with_target(lm.model, recipe), tokens, TensorCache(cache)).convert()
+    return _Run(lm, _with_target(lm.model, recipe), tokens, TensorCache(cache), low_memory).convert()
 
 
 @dataclass
@@ -135,6 +140,7 @@ class _Run:
     recipe: Recipe
     tokens: Tensor | None
     cache: TensorCache
+    low_memory: bool
     stages: Stages = field(default_factory=Stages)
     report: dict[str, Any] = field(default_factory=lambda: {"refit": None, "tuning": None})
 
@@ -147,7 +153,13 @@ class _Run:
         if self.tokens is not None:
             apart = self.recipe.path_samples
             self.objective = Objective(
-                self.model, self.layers, self.tokens[:apart], labels=self.recipe.labels, compute=self.recipe.compute
+                self.model,
+                self.layers,
+                self.tokens[:apart],
+                labels=self.recipe.labels,
+                compute=self.recipe.compute,
+                checkpointing=self.low_memory,
+                accumulate_on="cpu" if self.low_memory else None,
             )
             self.tokens = self.tokens[apart:]  # what statistics and tuning see
         self.refits = self._refits()
@@ -206,7 +218,7 @@ class _Run:
                 spec, tensors = Rtn(self.recipe.lm_head_bits, self.recipe.group_size).quantize(
                     LayerData(weight.float())
                 )
-                layers[name] = QuantizedLayer(spec, tensors)
+                layers[name] = QuantizedLayer(spec, tensors).to("cpu")
                 self._add_layers({name: layers[name]}, weight)
         self.report |= {"integrals": self.measurements.integrals, "stages": self.stages.report()}
         return Conversion(layers, self.report)
@@ -245,16 +257,22 @@ class _Run:
             start, self.inputs = guided_statistics(self._fitted, cache=self.cache)
             return start
         self.inputs = input_statistics(
-            self.model, self.layers, self.tokens, compute=self.recipe.compute, cache=self.cache
+            self.model,
+            self.layers,
+            self.tokens,
+            compute=self.recipe.compute,
+            accumulate_on=self._fitted.accumulators,
+            cache=self.cache,
         )
         return None
 
     def _fold(self, base: Awq) -> None:
         folds = list(find_folds(self.model))
         for fold in track(folds, "channel scales", total=len(folds)):
-            scale = apply_fold(fold, base.fold_scale(fold, self.inputs), self.lm.dtype)
-            for name in fold.consumers:
-                self.inputs[name] = self.inputs[name].scaled(1 / fold.spread(scale))
+            seen = {name: self.inputs[name].to(layer.weight.device) for name, layer in fold.consumers.items()}
+            scale = apply_fold(fold, base.fold_scale(fold, seen), self.lm.dtype)
+            for name, statistics in seen.items():
+                self.inputs[name] = statistics.scaled(1 / fold.spread(scale)).to(self._fitted.accumulators)
 
     # what is chosen -------------------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class Objective:
     labels: str = "text"
     compute: str = "float32"
     checkpointing: bool = False
-    accumulate_on: str | None = None
+    accumulate_on: torch.device | str | None = None
     originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
     _logits: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -147,6 +147,11 @@ class Objective:
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def accumulators(self) -> torch.device:
+        """Where gradients are accumulated."""
+        return torch.device(self.accumulate_on or self.device)
 
     @property
     def start(self) -> dict[str, Tensor]:
@@ -170,9 +175,10 @@ class Objective:
         self, *, cache: TensorCache | None = None, label: str = "gradients of the original"
     ) -> GradientMoments:
         """First and second moments of the gradient at w: one forward and backward pass a sequence."""
-        device = torch.device(self.accumulate_on or self.device)
         tensors = (cache or TensorCache()).get(
-            lambda: self.fingerprint(gradients="at w"), device, lambda: self.walk_start({}, label=label).flat()
+            lambda: self.fingerprint(gradients="at w"),
+            self.accumulators,
+            lambda: self.walk_start({}, label=label).flat(),
         )
         return GradientMoments.from_flat(tensors)
 
@@ -210,7 +216,7 @@ class Objective:
         path = list(zip(*quadrature(rule, nodes), strict=True))
         tensors = (cache or TensorCache()).get(
             lambda: self.fingerprint(end=fingerprint(end), path=path, squares=squares, labels=self.labels),
-            torch.device(self.accumulate_on or self.device),
+            self.accumulators,
             lambda: self._moments(end, path, squares=squares, observers={}, label=label).flat(),
         )
         return PathIntegral(self.start, end, GradientMoments.from_flat(tensors))
@@ -224,12 +230,12 @@ class Objective:
         observers: Mapping[str, Observer],
         label: str,
     ) -> GradientMoments:
-        device = torch.device(self.accumulate_on or self.device)
         count = len(self.tokens)
         ticks = iter(track(range(count * len(path)), label, total=count * len(path)))
         with moving_layers(self.layers, end) as states, self._training():
             gradient = {
-                name: torch.zeros(s.start.shape, dtype=torch.float32, device=device) for name, s in states.items()
+                name: torch.zeros(s.start.shape, dtype=torch.float32, device=self.accumulators)
+                for name, s in states.items()
             }
             square = {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {}
             for name, state in states.items():

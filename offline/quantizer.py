@@ -125,8 +125,11 @@ class LayerQuantizer:
         return self.recipe.make_base(self.precision[name])
 
     def _layer(self, name: str) -> LayerData:
-        fisher = self.start.square[name] if self.start is not None else None
-        return LayerData(self.weights[name].float(), fisher=fisher, inputs=self.inputs.get(name))
+        weight = self.weights[name]
+        # what was collected may lie on another device
+        fisher = self.start.square[name].to(weight.device) if self.start is not None else None
+        inputs = self.inputs[name].to(weight.device) if name in self.inputs else None
+        return LayerData(weight.float(), fisher=fisher, inputs=inputs)
 
 
 def _no_mask(weight: Tensor) -> Tensor:

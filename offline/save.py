@@ -30,6 +30,7 @@ def convert_and_save(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     cache: Path | None = None,
+    low_memory: bool = False,
 ) -> tuple[CheckpointConfig, Conversion]:
     """The whole way from a loaded model to a checkpoint in ``folder``.
 
@@ -40,7 +41,7 @@ def convert_and_save(
         dataset: calibration text, as in :func:`load_calibration`; not read if the recipe needs none.
         overwrite: replace an existing checkpoint.
         max_shard_size: of a safetensors file, such as ``5GB``.
-        cache: folder for what conversions have in common.
+        cache, low_memory: as in :func:`convert`.
 
     Returns:
         The configuration that was written and the conversion itself.
@@ -59,7 +60,8 @@ def convert_and_save(
             seq_len=recipe.seq_len,
             seed=recipe.seed,
         )
-    conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None, cache=cache)
+    tokens = calibration.tokens if calibration is not None else None
+    conversion = convert(lm, recipe, tokens, cache=cache, low_memory=low_memory)
     config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
     return config, conversion
 

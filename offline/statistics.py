@@ -8,7 +8,7 @@ outputs): a token of huge activations that nothing looks at no longer rules.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class InputStatistics:
         """Mean squared error of the layer's output, ``tr(E H Eᵀ)``, for that of its weight."""
         return float(((error @ self.hessian) * error).sum(dtype=torch.float64))
 
+    def to(self, device: torch.device) -> "InputStatistics":
+        """The statistics on a device; themselves if they lie there."""
+        return replace(self, hessian=self.hessian.to(device), mean_abs=self.mean_abs.to(device))
+
     def scaled(self, scale: Tensor) -> "InputStatistics":
         """The statistics of ``x · scale``, elementwise."""
         return InputStatistics(self.hessian * scale * scale[:, None], self.mean_abs * scale)
@@ -60,8 +64,11 @@ class _Moments:
         x = x.float()
         weighted = x if importance is None else x * importance[:, None]
         with torch.autocast(x.device.type, enabled=False):
-            self.second.addmm_(weighted.t(), x)
-        self.magnitude += x.abs().sum(0)
+            if self.second.device == x.device:
+                self.second.addmm_(weighted.t(), x)
+            else:
+                self.second += (weighted.t() @ x).to(self.second.device)
+        self.magnitude += x.abs().sum(0).to(self.magnitude.device)
         self.tokens += len(x)
 
     def add_guided(self, x: Tensor, grad_output: Tensor) -> None:
@@ -83,6 +90,7 @@ def input_statistics(
     tokens: Tensor,
     *,
     compute: str = "float32",
+    accumulate_on: torch.device | None = None,
     cache: TensorCache | None = None,
     label: str = "input statistics",
 ) -> dict[str, InputStatistics]:
@@ -93,6 +101,7 @@ def input_statistics(
         layers: by name.
         tokens: int64 ``[num_samples, seq_len]``.
         compute: precision of the model, a key of ``COMPUTE_DTYPES``; sums are in float32.
+        accumulate_on: device of the sums; None for the model's.
         cache: where results are kept.
 
     Returns:
@@ -100,11 +109,11 @@ def input_statistics(
     """
     leaders = _shared_inputs(model, layers, tokens[:1, :2])
     firsts = {name: layers[name] for name in set(leaders.values())}
-    device = next(model.parameters()).device
+    device = accumulate_on or next(model.parameters()).device
     tensors = (cache or TensorCache()).get(
         lambda: fingerprint(model.state_dict(), tokens, inputs=sorted(firsts), compute=compute),
         device,
-        lambda: _collect(model, firsts, tokens, compute, label),
+        lambda: _collect(model, firsts, tokens, compute, device, label),
     )
     results = _statistics(tensors, firsts)
     return {name: results[leaders[name]] for name in layers}
@@ -122,7 +131,7 @@ def guided_statistics(
     Returns:
         What :meth:`Objective.gradients` returns, and statistics by layer name, of each layer its own.
     """
-    device = objective.device
+    device = objective.accumulators
 
     def collect() -> dict[str, Tensor]:
         sums = {name: _Moments(layer.in_features, device) for name, layer in objective.layers.items()}
@@ -142,10 +151,15 @@ def _statistics(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str
 
 
 def _collect(
-    model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor, compute: str, label: str
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    tokens: Tensor,
+    compute: str,
+    accumulators: torch.device,
+    label: str,
 ) -> dict[str, Tensor]:
     device = next(model.parameters()).device
-    moments = {name: _Moments(layer.in_features, device) for name, layer in layers.items()}
+    moments = {name: _Moments(layer.in_features, accumulators) for name, layer in layers.items()}
     hooks = [
         layers[name].register_forward_pre_hook(lambda _, inputs, m=moment: m.add(inputs[0].flatten(0, -2)))
         for name, moment in moments.items()

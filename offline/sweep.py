@@ -97,6 +97,8 @@ class Sweep:
     seq_len: int = 512
     max_tokens: int | None = None
     cache: Path | None = None
+    device: torch.device | str = "cpu"
+    low_memory: bool = False
 
     def results(self) -> dict[str, dict[str, Any]]:
         """What is finished, by name.
@@ -142,7 +144,7 @@ class Sweep:
 
     def _references(self) -> Iterator[tuple[str, tuple[Tensor, list[Tensor], dict[str, Any]]]]:
         """Windows of each text, the original's predictions of them, and the conditions."""
-        lm = load_causal_lm(self.source)
+        lm = load_causal_lm(self.source, device=self.device)
         for name, dataset in self.evaluation.items():
             windows, conditions = evaluation_windows(
                 EvaluationText(dataset), lm.tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens
@@ -155,7 +157,7 @@ class Sweep:
         self, recipe: Recipe, reference: Mapping[str, tuple[Tensor, list[Tensor], dict[str, Any]]]
     ) -> dict[str, Any]:
         started = time.monotonic()
-        lm = load_causal_lm(self.source)
+        lm = load_causal_lm(self.source, device=self.device)
         calibration = None
         if recipe.needs_calibration:
             calibration = load_calibration(
@@ -166,10 +168,11 @@ class Sweep:
                 seq_len=recipe.seq_len,
                 seed=recipe.seed,
             )
-        conversion = convert(lm, recipe, calibration.tokens if calibration is not None else None, cache=self.cache)
+        tokens = calibration.tokens if calibration is not None else None
+        conversion = convert(lm, recipe, tokens, cache=self.cache, low_memory=self.low_memory)
         seconds = time.monotonic() - started
         for name, layer in find_layers(lm.model).items():
-            layer.weight.data = conversion.layers[name].weight()  # exact, in float32
+            layer.weight.data = conversion.layers[name].weight().to(self.device)  # exact, in float32
         scores = {}
         for name, (windows, original, conditions) in reference.items():
             measured = compare(windows, predictions(lm.model, windows), original)

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Device, LowMemory
 from .output import byte_size, command_errors, print_json, set_up_logging, share
 
 if TYPE_CHECKING:
+    import torch
+
     from ..format import LayerSpec
     from ..offline.recipe import Recipe
 
@@ -81,6 +84,8 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of calibration and controls.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what later conversions can use.")] = None,
+    device: Device = "auto",
+    low_memory: LowMemory = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -90,7 +95,7 @@ def command(
     with command_errors():
         from ..format.writer import check_output
         from ..offline.calibration import check_dataset
-        from ..offline.models import DTYPES, skeleton
+        from ..offline.models import DTYPES, find_device, skeleton
         from ..offline.pipeline import plan
         from ..offline.recipe import Recipe, RecipeError
 
@@ -122,6 +127,7 @@ def command(
         if dtype not in DTYPES:
             raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
         # everything that can be refused is refused before a weight is read
+        place = find_device(device)
         check_output(output, overwrite=overwrite)
         if recipe.needs_calibration:
             check_dataset(calibration_dataset)
@@ -139,6 +145,8 @@ def command(
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             cache=cache,
+            device=place,
+            low_memory=low_memory,
         )
         _show(result, as_json)
 
@@ -154,13 +162,15 @@ def _convert(
     overwrite: bool,
     max_shard_size: str,
     cache: Path | None,
+    device: "torch.device",
+    low_memory: bool,
 ) -> dict[str, Any]:
     from ..offline.models import load_causal_lm
     from ..offline.save import convert_and_save
 
     started = time.monotonic()
-    log.info("loading %s", model)
-    lm = load_causal_lm(model, revision=revision, dtype=dtype)
+    log.info("loading %s, on %s", model, device)
+    lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
     config, conversion = convert_and_save(
         lm,
         output,
@@ -169,6 +179,7 @@ def _convert(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         cache=cache,
+        low_memory=low_memory,
     )
     report = conversion.report
     return {

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import Device
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
@@ -21,6 +22,7 @@ def command(
     ] = "python-docs",
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most that many tokens.")] = None,
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure a checkpoint in float32 with its exact weights."""
@@ -30,13 +32,14 @@ def command(
         from ..format.reader import Checkpoint
         from ..offline.calibration import check_dataset
         from ..offline.evaluate import BUILTIN_DATASET, EvaluationText, compare, evaluation_windows, predictions
-        from ..offline.models import load_causal_lm, resolve_source
+        from ..offline.models import find_device, load_causal_lm, resolve_source
         from ..offline.recipe import RecipeError
 
         if seq_len < 2:
             raise RecipeError(f"--seq-len {seq_len}: must be at least 2")
         if max_tokens is not None and max_tokens < seq_len:
             raise RecipeError(f"--max-tokens {max_tokens}: less than one window of --seq-len {seq_len}")
+        place = find_device(device)
         Checkpoint(folder)
         if against is not None:
             resolve_source(against)
@@ -45,8 +48,8 @@ def command(
         windows, conditions = evaluation_windows(
             EvaluationText(dataset), hf.load_tokenizer(folder), seq_len=seq_len, max_tokens=max_tokens
         )
-        model = hf.load_dequantized(folder)
-        reference = predictions(load_causal_lm(against).model, windows) if against is not None else None
+        model = hf.load_dequantized(folder).to(place)
+        reference = predictions(load_causal_lm(against, device=place).model, windows) if against is not None else None
         scores = compare(windows, predictions(model, windows), reference)
         result: dict[str, Any] = {
             "folder": str(folder),

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import Device, LowMemory
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
@@ -22,6 +23,8 @@ def command(
     max_tokens: Annotated[int | None, typer.Option(help="Use at most that many tokens of each text.")] = None,
     only: Annotated[str, typer.Option(metavar="GLOB", help="Run only runs whose name fits.")] = "*",
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what runs have in common.")] = None,
+    device: Device = "auto",
+    low_memory: LowMemory = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Convert a model in many ways and compare the results."""
@@ -29,7 +32,7 @@ def command(
     with command_errors():
         from ..offline.calibration import check_dataset
         from ..offline.evaluate import BUILTIN_DATASET
-        from ..offline.models import resolve_source
+        from ..offline.models import find_device, resolve_source
         from ..offline.recipe import RecipeError
         from ..offline.sweep import Sweep, read_runs
 
@@ -52,6 +55,8 @@ def command(
             seq_len=seq_len,
             max_tokens=max_tokens,
             cache=cache,
+            device=find_device(device),
+            low_memory=low_memory,
         )
         for row in sweep.run(only):
             if not as_json:
