@@ -22,7 +22,6 @@ __all__ = [
     "ModelError",
     "computing_in",
     "decoder_blocks",
-    "find_device",
     "find_layers",
     "head_module",
     "load_causal_lm",
@@ -119,26 +118,6 @@ def skeleton(source: str, *, revision: str | None = None) -> nn.Module:
         except (ValueError, KeyError) as error:
             raise ModelError(f"{source}: not a causal language model: {str(error).splitlines()[0]}") from error
     return model
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first GPU if there is one, else the CPU.
-
-    Raises:
-        ModelError: the name says nothing, or this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"--device {name}: choose auto, cpu, cuda, or one of several GPUs such as cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"--device {name}: only cpu and cuda are supported")
-    present = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= present:
-        raise ModelError(f"--device {name}: PyTorch sees {present} GPUs here; use --device cpu, or a build with CUDA")
-    return device
 
 
 def load_causal_lm(

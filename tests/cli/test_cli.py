@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import vllm_requant
 from tests import tiny
+from vllm_requant.cli.options import find_device
 from vllm_requant.cli.output import byte_size
 from vllm_requant.cli.serve import server_arguments
+from vllm_requant.offline.recipe import RecipeError
 
 FAST = ["--num-samples", "2", "--seq-len", "24", "--nodes", "2"]
 
@@ -102,6 +105,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
         (["--outliers", "60%"], "--outliers 60"),
         (["--quadrature", "simpson"], "--quadrature simpson"),
         (["--dtype", "float8"], "--dtype float8"),
+        (["--device", "tpu9"], "--device tpu9"),
     ],
 )
 def test_wrong_values_are_usage_errors(source: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -207,3 +211,18 @@ def test_importing_the_package_imports_neither_torch_nor_vllm() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     code = "import sys, vllm_requant.offline.pipeline, vllm_requant.hf; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert find_device("auto") == find_device("cpu") == torch.device("cpu")
+    for name, reason in (("cuda", "sees 0 GPUs"), ("meta", "only cpu and cuda"), ("gpu", "choose auto")):
+        with pytest.raises(RecipeError, match=f"--device {name}: .*{reason}"):
+            find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("auto") == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(RecipeError, match="sees 2 GPUs"):
+        find_device("cuda:2")

@@ -9,7 +9,7 @@ from tests import tiny
 from tests.pretend_device import pretend_device
 from vllm_requant.offline.bases import LayerData, Qtip
 from vllm_requant.offline.evaluate import compare, predictions
-from vllm_requant.offline.models import ModelError, find_device, load_causal_lm
+from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.pipeline import Conversion, convert
 from vllm_requant.offline.recipe import Recipe
 from vllm_requant.offline.statistics import InputStatistics
@@ -101,18 +101,3 @@ def test_evaluation_on_another_device() -> None:
         model.to(device)
         scores = compare(TOKENS, predictions(model, TOKENS), list(predictions(model, TOKENS)))
     assert scores == pytest.approx(expected, rel=1e-4)
-
-
-def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert find_device("auto") == find_device("cpu") == torch.device("cpu")
-    for name, reason in (("cuda", "sees 0 GPUs"), ("meta", "only cpu and cuda"), ("gpu", "choose auto")):
-        with pytest.raises(ModelError, match=f"--device {name}: .*{reason}"):
-            find_device(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert find_device("auto") == torch.device("cuda")
-    assert find_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ModelError, match="sees 2 GPUs"):
-        find_device("cuda:2")

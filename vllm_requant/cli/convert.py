@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Device, LowMemory
+from .options import Device, LowMemory, find_device
 from .output import byte_size, command_errors, print_json, set_up_logging, share
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ def command(
         ),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale (rtn, gptq, awq, and the head).")] = 64,
-    state_bits: Annotated[int, typer.Option(help="Width of a trellis state (qtip): 12 is fast, 16 is best.")] = 12,
+    state_bits: Annotated[
+        int | None,
+        typer.Option(help="Width of a trellis state (qtip): 12 is fast, 16 is best [12; 16 if a GPU converts]."),
+    ] = None,
     outliers: Annotated[
         float | None,
         typer.Option(parser=share, metavar="SHARE", help="Outliers removed before the dense fit [0.45%; qtip 0]."),
@@ -95,17 +98,18 @@ def command(
     with command_errors():
         from ..format.writer import check_output
         from ..offline.calibration import check_dataset
-        from ..offline.models import DTYPES, find_device, skeleton
+        from ..offline.models import DTYPES, skeleton
         from ..offline.pipeline import plan
         from ..offline.recipe import Recipe, RecipeError
 
+        place = find_device(device)
         recipe = Recipe(
             base=base,
             bits=bits,
             target_bpw=target_bpw,
             target_size=target_size,
             group_size=group_size,
-            state_bits=state_bits,
+            state_bits=(16 if place.type == "cuda" else 12) if state_bits is None else state_bits,
             outliers=outliers,  # type: ignore[arg-type]
             significant=significant,
             rounds=rounds,
@@ -127,7 +131,6 @@ def command(
         if dtype not in DTYPES:
             raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
         # everything that can be refused is refused before a weight is read
-        place = find_device(device)
         check_output(output, overwrite=overwrite)
         if recipe.needs_calibration:
             check_dataset(calibration_dataset)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device
+from .options import Device, find_device
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
@@ -32,7 +32,7 @@ def command(
         from ..format.reader import Checkpoint
         from ..offline.calibration import check_dataset
         from ..offline.evaluate import BUILTIN_DATASET, EvaluationText, compare, evaluation_windows, predictions
-        from ..offline.models import find_device, load_causal_lm, resolve_source
+        from ..offline.models import load_causal_lm, resolve_source
         from ..offline.recipe import RecipeError
 
         if seq_len < 2:

@@ -1,13 +1,40 @@
 """Options that several commands have."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-__all__ = ["Device", "LowMemory"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Device", "LowMemory", "find_device"]
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 LowMemory = Annotated[
     bool,
     typer.Option("--low-memory", help="Compute activations twice, collect statistics in host memory (see --device)."),
 ]
+
+
+def find_device(name: str) -> "torch.device":
+    """The device of that name; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        RecipeError: the name says nothing, or this machine has no such device.
+    """
+    import torch
+
+    from ..offline.recipe import RecipeError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"--device {name}: choose auto, cpu, cuda, or one of several GPUs such as cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {name}: only cpu and cuda are supported")
+    present = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= present:
+        raise RecipeError(f"--device {name}: PyTorch sees {present} GPUs here; use --device cpu, or a build with CUDA")
+    return device

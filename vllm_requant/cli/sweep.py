@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, LowMemory
+from .options import Device, LowMemory, find_device
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
@@ -32,7 +32,7 @@ def command(
     with command_errors():
         from ..offline.calibration import check_dataset
         from ..offline.evaluate import BUILTIN_DATASET
-        from ..offline.models import find_device, resolve_source
+        from ..offline.models import resolve_source
         from ..offline.recipe import RecipeError
         from ..offline.sweep import Sweep, read_runs
 
