@@ -39,7 +39,7 @@ model: $(GGUF)
 $(STAMP): pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h offline/native/*.cpp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --progress-bar off torch==2.13.0
-	$(BIN)/pip install --progress-bar off -e ".[cpu,dev]"
+	$(BIN)/pip install --progress-bar off -e ".[cpu,dev,report]"
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 

@@ -19,6 +19,8 @@ from vllm_requant.offline.pqi import QUADRATURES, Objective
 from vllm_requant.offline.quantizer import LayerQuantizer
 from vllm_requant.offline.recipe import Recipe
 
+from .plots import plot_nodes
+
 __all__ = ["main"]
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def main(
     labels: Annotated[str, typer.Option(help="As for requant convert.")] = "text",
     compute: Annotated[str, typer.Option(help="As for requant convert.")] = "bfloat16",
 ) -> None:
-    """Integrate the same path with every rule and number of nodes."""
+    """Integrate the same path with every rule and number of nodes; the picture goes beside the JSON file."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     lm = load_causal_lm(model)
     layers = find_layers(lm.model)
@@ -80,6 +82,7 @@ def main(
                 )
                 + "\n"
             )
+    plot_nodes(rows, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A sweep as a Markdown table: each base, ReQuant in the same number of bits, and the share of the gap that it closes.
 
-    python -m vllm_requant.offline.studies.table methods.jsonl
+    python -m vllm_requant.offline.studies.table methods.jsonl --plot methods.png
 
 Runs NAME and NAME-SUFFIX make a row each; a suffix other than "requant" is a control or an ablation.
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .plots import plot_sweep
 
 __all__ = ["gap_closed", "table"]
 
@@ -46,9 +48,15 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines) + f"\n\nOriginal: {original}.\n"
 
 
-def main(results: Annotated[Path, typer.Argument(help="File that requant sweep wrote.", exists=True)]) -> None:
+def main(
+    results: Annotated[Path, typer.Argument(help="File that requant sweep wrote.", exists=True)],
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
+) -> None:
     """Print the table."""
-    typer.echo(table([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]))
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    typer.echo(table(rows))
+    if plot is not None:
+        plot_sweep(rows, plot)
 
 
 if __name__ == "__main__":

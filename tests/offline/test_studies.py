@@ -1,7 +1,12 @@
-"""The table says of each run how much of its base's gap it closes."""
+"""The table says of each run how much of its base's gap it closes; pictures show what the numbers say."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+from matplotlib.axes import Axes
+
+from vllm_requant.offline.studies.plots import plot_nodes, plot_sweep
 from vllm_requant.offline.studies.table import gap_closed, table
 
 
@@ -21,3 +26,33 @@ def test_rows_are_held_against_their_base() -> None:
     assert "| awq-3-requant | 3.300 | 35.00 | 0.1000 | 25% (KL 75%) |" in text
     assert "| rtn-3 | 3.300 | 60.00 | 0.9000 |  |" in text
     assert text.endswith("Original: c4 20.00.\n")
+
+
+def _drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *args, **kwargs: (calls.append(args), plot(self, *args, **kwargs))[1]
+    )
+    return calls
+
+
+def test_picture_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _drawn(monkeypatch)
+    alone = _row("rtn-3", 60.0, 0.9)  # without ReQuant beside it there is nothing to show
+    plot_sweep([_row("awq-3", 40.0, 0.4), _row("awq-3-requant", 35.0, 0.1), alone], tmp_path / "sweep.png")
+    points = [call[:2] for call in calls if call[0] != []]
+    assert points == [(3.3, 0.4), (3.3, 0.1)]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _drawn(monkeypatch)
+    rows = [
+        {"rule": rule, "nodes": nodes, "relative_error": 0.1 / nodes, "agreement": 0.5, "top_share": 0.005}
+        for rule in ("gauss", "uniform")
+        for nodes in (2, 4)
+    ]
+    plot_nodes(rows, tmp_path / "nodes.svg")
+    assert [call[:2] for call in calls] == 2 * [([2, 4], [5.0, 2.5]), ([2, 4], [50.0, 50.0])]
+    assert (tmp_path / "nodes.svg").read_text().startswith("<?xml")
