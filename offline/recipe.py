@@ -79,7 +79,7 @@ class Recipe:
     outliers: float = None  # type: ignore[assignment]
     significant: float | None = None
     rounds: int = 2
-    metric: str = "pqi"
+    metric: str = "pqi-fisher"
     outlier_rule: str = "magnitude"
     refit: bool = True
     tune_epochs: int = 0

@@ -75,14 +75,15 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert digest("first") != digest("other")
 
 
-def test_report_holds_prediction_and_truth(tmp_path: Path) -> None:
-    _convert(tiny.save(tmp_path / "in"), tmp_path / "out", nodes=8, bits=4, base="rtn")
+@pytest.mark.parametrize(
+    ("metric", "stages"),
+    # with the default the path says only how many outliers each layer has
+    [("pqi", ["pre-quantized", "detach, round 1", "detach, round 2"]), ("pqi-fisher", ["pre-quantized"])],
+)
+def test_report_holds_prediction_and_truth(tmp_path: Path, metric: str, stages: list[str]) -> None:
+    _convert(tiny.save(tmp_path / "in"), tmp_path / "out", nodes=8, bits=4, base="rtn", metric=metric)
     report = json.loads((tmp_path / "out" / "requant_report.json").read_text())
-    assert [integral["stage"] for integral in report["integrals"]] == [
-        "pre-quantized",
-        "detach, round 1",
-        "detach, round 2",
-    ]
+    assert [integral["stage"] for integral in report["integrals"]] == stages
     for integral in report["integrals"]:
         assert sum(integral["predicted_by_layer"].values()) == pytest.approx(integral["predicted"])
         assert integral["relative_error"] < 0.05
@@ -272,10 +273,11 @@ def test_the_base_rule_spends_the_whole_sparse_budget(tmp_path: Path) -> None:
 
 def test_cached_integrals_give_the_same_checkpoint(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "in")
+    small = SMALL | {"metric": "pqi"}  # of which every step takes an integral
     results = []
     for run in ("first", "second"):
         lm = load_causal_lm(str(source))
-        _, conversion = convert_and_save(lm, tmp_path / run, Recipe(**SMALL), cache=tmp_path / "cache")
+        _, conversion = convert_and_save(lm, tmp_path / run, Recipe(**small), cache=tmp_path / "cache")
         results.append((tmp_path / run / "model.safetensors").read_bytes())
         entries = sorted(path.name for path in (tmp_path / "cache").iterdir())
     assert results[0] == results[1]
@@ -283,11 +285,11 @@ def test_cached_integrals_give_the_same_checkpoint(tmp_path: Path) -> None:
     assert len(entries) == 1 + layers + 3, "gradients, pre-quantized layers, algorithm 1, two rounds of algorithm 2"
     # another path is another entry
     convert_and_save(
-        load_causal_lm(str(source)), tmp_path / "third", Recipe(**SMALL | {"bits": 3}), cache=tmp_path / "cache"
+        load_causal_lm(str(source)), tmp_path / "third", Recipe(**small | {"bits": 3}), cache=tmp_path / "cache"
     )
     number = 1 + 2 * (layers + 3)
     assert len(list((tmp_path / "cache").iterdir())) == number, "only the gradients are the same"
-    choices = SMALL | {"base": "gptq", "num_samples": 8}
+    choices = small | {"base": "gptq", "num_samples": 8}
     for group_size in (32, 64):
         convert_and_save(
             load_causal_lm(str(source)),

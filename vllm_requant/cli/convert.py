@@ -53,8 +53,10 @@ def command(
     rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached.")] = 2,
     metric: Annotated[
         str,
-        typer.Option(help="Ranks weights: pqi, pqi-fisher, path-fisher, fisher, first-order, magnitude, random."),
-    ] = "pqi",
+        typer.Option(
+            help="Ranks weights: pqi-fisher, pqi (the paper's), path-fisher, fisher, first-order, magnitude, random."
+        ),
+    ] = "pqi-fisher",
     outlier_rule: Annotated[
         str, typer.Option(help="Outliers in a layer: magnitude, range, or base (its own rule for all sparse weights).")
     ] = "magnitude",
