@@ -30,6 +30,7 @@ __all__ = [
 
 TILE = 128
 """Weights in one circular string of the ``trellis`` kind."""
+_LEVELS_A_PASS = 6
 
 
 def dequantize_uniform(
@@ -98,13 +99,23 @@ def trellis_states(qweight: Tensor, *, bits: int, state_bits: int) -> Tensor:
 
 def hadamard_blocks(x: Tensor, block: int) -> Tensor:
     """Orthonormal Sylvester–Hadamard transform of every run of ``block`` elements in the last dimension."""
-    shape = x.shape
-    width = 1
-    while width < block:
-        pairs = x.reshape(-1, 2, width)
-        x = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1)
-        width *= 2
-    return x.reshape(shape) / math.sqrt(block)
+    levels = block.bit_length() - 1
+    # a product with a small matrix passes over x once, butterflies once for every factor of two
+    passes = -(-levels // _LEVELS_A_PASS)
+    y, width = x, 1
+    for index in range(passes):
+        matrix = _sylvester((levels + passes - 1 - index) // passes, x)
+        y = y.reshape(-1, len(matrix)) @ matrix if width == 1 else matrix @ y.reshape(-1, len(matrix), width)
+        width *= len(matrix)
+    return y.reshape(x.shape)
+
+
+def _sylvester(levels: int, like: Tensor) -> Tensor:
+    """The orthonormal matrix ``[2**levels, 2**levels]``, with the type and device of another tensor."""
+    matrix = torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    for _ in range(levels):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(1 << levels)
 
 
 def signs(packed: Tensor, count: int) -> Tensor:

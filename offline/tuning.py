@@ -21,7 +21,7 @@ from vllm_requant.kernels.reference import hadamard_blocks, rotated_trellis, sig
 
 from .bases import DenseLayer
 from .bases.uniform import SMALLEST_SCALE, column_groups
-from .path import moving_layers
+from .path import Observer, moving_layers
 from .pqi import Objective
 from .progress import track
 
@@ -102,8 +102,8 @@ class _Trellis(Tunable):
     def weight(self) -> Tensor:
         self.parameter.clamp_(min=0)
         spec = self.spec
-        wide = self.parameter.repeat_interleave(spec.block_out, 0).repeat_interleave(spec.block_in, 1)
-        turned = hadamard_blocks(self.units * wide, spec.block_in) * self.signs_in
+        scaled = (self._blocks(self.units) * self.parameter[:, None, :, None]).view_as(self.units)
+        turned = hadamard_blocks(scaled, spec.block_in) * self.signs_in
         return (hadamard_blocks(turned.t().contiguous(), spec.block_out) * self.signs_out).t()
 
     def gradient(self, weight: Tensor) -> Tensor:
@@ -111,10 +111,11 @@ class _Trellis(Tunable):
         # the transforms are symmetric and orthonormal: the way back is the way there
         turned = hadamard_blocks((weight * self.signs_in).contiguous(), spec.block_in)
         turned = hadamard_blocks((turned.t() * self.signs_out).contiguous(), spec.block_out).t()
-        blocks = (turned * self.units).reshape(
-            spec.out_features // spec.block_out, spec.block_out, spec.in_features // spec.block_in, spec.block_in
-        )
-        return blocks.sum(dim=(1, 3))
+        return self._blocks(turned * self.units).sum(dim=(1, 3))
+
+    def _blocks(self, matrix: Tensor) -> Tensor:
+        """``[out_features, in_features]`` as ``[blocks of rows, rows, blocks of columns, columns]``."""
+        return matrix.view(-1, self.spec.block_out, self.parameter.shape[1], self.spec.block_in)
 
 
 def tunable(dense: DenseLayer) -> Tunable:
@@ -172,31 +173,41 @@ def tune(
         lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
     )
 
+    computed_in = getattr(torch, objective.compute)
+
     def placed(name: str) -> Tensor:
-        return torch.where(masks[name], original[name].float(), parts[name].weight())
+        return torch.where(masks[name], original[name].float(), parts[name].weight()).to(computed_in)
+
+    def learner(name: str) -> Observer:
+        # a layer's gradient is brought down to that of its parameter at once: those of all weights never exist together
+        def learn(x: Tensor, grad_output: Tensor) -> None:
+            parameter = parts[name].parameter
+            gradient = parts[name].gradient((grad_output.t() @ x).float().masked_fill_(masks[name], 0.0))
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+        return learn
 
     divergence = []
     end = {name: placed(name) for name in parts}
     with moving_layers(layers, end) as states:
+        for name, state in states.items():
+            state.observer = learner(name)
         for step in track(range(steps), "tuning", total=steps):
             row = objective.tokens[step % len(objective.tokens)]
             teacher = objective.teacher(row, states)
             for state in states.values():
-                state.t, state.gradient = 1.0, torch.zeros_like(state.start, dtype=torch.float32)
+                state.t = 1.0
             for parameter in norm_parameters:
                 parameter.requires_grad_(True)
             student = objective.log_probabilities(row)
             loss = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
             loss.backward()
             divergence.append(float(loss.detach()))
-            for name, part in parts.items():
-                gradient = states[name].gradient
-                assert gradient is not None
-                part.parameter.grad = part.gradient(gradient.masked_fill_(masks[name], 0.0))
             for parameter, tensor in zip(norm_parameters, tuned[len(parts) :], strict=True):
                 tensor.grad, parameter.grad = parameter.grad, None
                 parameter.requires_grad_(False)
             optimizer.step()
+            optimizer.zero_grad()
             schedule.step()
             for name in parts:
                 states[name].end.copy_(placed(name))
