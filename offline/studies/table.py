@@ -1,6 +1,6 @@
 """A sweep as a Markdown table: each base, ReQuant in the same number of bits, and the share of the gap that it closes.
 
-    python -m vllm_requant.offline.studies.table methods.jsonl --plot methods.png
+    python -m vllm_requant.offline.studies.table methods.jsonl --plot methods.png --stages
 
 Runs NAME and NAME-SUFFIX make a row each; a suffix other than "requant" is a control or an ablation.
 """
@@ -13,7 +13,7 @@ import typer
 
 from .plots import plot_sweep
 
-__all__ = ["gap_closed", "table"]
+__all__ = ["gap_closed", "stage_table", "table"]
 
 
 def gap_closed(original: float, base: float, ours: float) -> float:
@@ -45,16 +45,43 @@ def table(results: list[dict[str, Any]]) -> str:
             cells.append(f"{share:.0%} (KL {gap_closed(0.0, other['kl_divergence'], score['kl_divergence']):.0%})")
         lines.append(" | ".join(cells))
     original = ", ".join(f"{text} {results[0]['scores'][text]['reference_perplexity']:.2f}" for text in texts)
-    return "\n".join(f"| {line} |" for line in lines) + f"\n\nOriginal: {original}.\n"
+    return _markdown(lines) + f"\nOriginal: {original}.\n"
+
+
+def stage_table(results: list[dict[str, Any]]) -> str:
+    """Markdown of what the stages of every run took: seconds, and the peak memory of the process in GiB.
+
+    What a run found in the cache of another took no time.
+
+    Args:
+        results: as for :func:`table`.
+    """
+    taken = {row["name"]: row["report"]["stages"] for row in results}
+    stages = list(dict.fromkeys(stage for run in taken.values() for stage in run["seconds"]))
+    lines = [" | ".join(["run", *stages]), " | ".join(["---"] * (1 + len(stages)))]
+    for name, run in sorted(taken.items()):
+        cells = [
+            f"{run['seconds'][stage]:.0f} s, {run['peak_mib'][stage] / 1024:.1f} GiB" if stage in run["seconds"] else ""
+            for stage in stages
+        ]
+        lines.append(" | ".join([name, *cells]))
+    return _markdown(lines)
+
+
+def _markdown(lines: list[str]) -> str:
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def main(
     results: Annotated[Path, typer.Argument(help="File that requant sweep wrote.", exists=True)],
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="Also print time and peak memory a stage.")] = False,
 ) -> None:
     """Print the table."""
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     typer.echo(table(rows))
+    if stages:
+        typer.echo(stage_table(rows))
     if plot is not None:
         plot_sweep(rows, plot)
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from vllm_requant.offline.studies.plots import plot_nodes, plot_sweep
-from vllm_requant.offline.studies.table import gap_closed, table
+from vllm_requant.offline.studies.table import gap_closed, stage_table, table
 
 
 def _row(name: str, perplexity: float, divergence: float) -> dict[str, Any]:
@@ -26,6 +26,19 @@ def test_rows_are_held_against_their_base() -> None:
     assert "| awq-3-requant | 3.300 | 35.00 | 0.1000 | 25% (KL 75%) |" in text
     assert "| rtn-3 | 3.300 | 60.00 | 0.9000 |  |" in text
     assert text.endswith("Original: c4 20.00.\n")
+
+
+def test_stages_stand_under_their_names() -> None:
+    rows = [
+        {"name": "rtn-3", "report": {"stages": {"seconds": {"quantize": 2.4}, "peak_mib": {"quantize": 1536.0}}}},
+        {"name": "awq-3", "report": {"stages": {"seconds": {"inputs": 9.0}, "peak_mib": {"inputs": 2048.0}}}},
+    ]
+    assert stage_table(rows).splitlines() == [
+        "| run | quantize | inputs |",
+        "| --- | --- | --- |",
+        "| awq-3 |  | 9 s, 2.0 GiB |",
+        "| rtn-3 | 2 s, 1.5 GiB |  |",
+    ]
 
 
 def _drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
