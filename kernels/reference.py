@@ -30,7 +30,7 @@ __all__ = [
 
 TILE = 128
 """Weights in one circular string of the ``trellis`` kind."""
-_LEVELS_A_PASS = 6
+_LEVELS_A_PASS = 6  # matrices of at most 64 × 64: wider ones do more work than they save passes
 
 
 def dequantize_uniform(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vllm_requant.format import LayerSpec, QuantizedLayer
 
-from .bases import Awq, LayerData, Need, Rtn
+from .bases import Awq, LayerData, Need, Rtn, relative_error
 from .budget import BudgetSearch, layer_sizes
 from .cache import TensorCache
 from .folding import apply_fold, find_folds
@@ -336,7 +336,8 @@ class _Run:
         entries = self.report.setdefault("layers", {})
         for name, layer in layers.items():
             spec = layer.spec
-            error = _relative_error(layer, self.weights[name] if weight is None else weight)
+            original = self.weights[name] if weight is None else weight
+            error = relative_error(layer.weight(), original.cpu().float())
             entries[name] = {"bits_per_weight": spec.bits_per_weight, "nnz": spec.nnz, "relative_error": error}
             log.info(
                 "%-40s %-7s %d bit  nnz %-7d %.3f bits/weight  relative error %.4f",
@@ -347,8 +348,3 @@ class _Run:
                 spec.bits_per_weight,
                 error,
             )
-
-
-def _relative_error(layer: QuantizedLayer, weight: Tensor) -> float:
-    difference = torch.linalg.vector_norm(layer.weight() - weight.cpu().float())
-    return float(difference / torch.linalg.vector_norm(weight.float()).clamp(min=1e-30))

@@ -19,8 +19,9 @@ from vllm_requant.format import LutSpec, TrellisSpec, UniformSpec
 from vllm_requant.kernels.bitstream import unpack_codes
 from vllm_requant.kernels.reference import hadamard_blocks, rotated_trellis, signs
 
-from .bases import DenseLayer
+from .bases import DenseLayer, relative_error
 from .bases.uniform import SMALLEST_SCALE, column_groups
+from .models import COMPUTE_DTYPES
 from .path import Observer, moving_layers
 from .pqi import Objective
 from .progress import track
@@ -141,7 +142,7 @@ def tune(
     masks: Mapping[str, Tensor],
     *,
     epochs: int,
-    rate: float = 0.001,
+    rate: float = 0.005,
     norms: bool = True,
 ) -> tuple[dict[str, DenseLayer], list[float]]:
     """Tune scales and tables, and the model's norms in place.
@@ -151,7 +152,8 @@ def tune(
         dense: layers by name.
         masks: positions that hold the original weight.
         epochs: passes over the calibration set.
-        rate: of Adam, relative to the root mean square of each tensor; it warms up and falls like a cosine.
+        rate: of Adam, in units of each tensor's root mean square times the relative error of its layer's weights (for
+            norms, that of all of them): what is nearly right is moved less. It warms up and falls like a cosine.
         norms: whether norms are tuned too; they are rounded to the type they are stored in by whoever stores them.
 
     Returns:
@@ -163,20 +165,27 @@ def tune(
     norm_parameters = norm_weights(model, layers) if norms else []
     originals = tuple((parameter, parameter.data.clone()) for parameter in norm_parameters)
     objective = replace(objective, originals=originals)
+    computed_in = COMPUTE_DTYPES[objective.compute]
+
+    def placed(name: str) -> Tensor:
+        return torch.where(masks[name], original[name].float(), parts[name].weight()).to(computed_in)
+
+    end = {name: placed(name) for name in parts}
     tuned = [part.parameter for part in parts.values()] + [parameter.data for parameter in norm_parameters]
+    errors = [relative_error(end[name].float(), original[name].float()) for name in parts]
+    errors += [math.sqrt(sum(error**2 for error in errors) / len(errors))] * len(norm_parameters)
     optimizer = torch.optim.Adam(
-        [{"params": [tensor], "lr": rate * float(tensor.square().mean().sqrt())} for tensor in tuned], betas=(0.9, 0.95)
+        [
+            {"params": [tensor], "lr": rate * error * float(tensor.square().mean().sqrt())}
+            for tensor, error in zip(tuned, errors, strict=True)
+        ],
+        betas=(0.9, 0.95),
     )
     steps = epochs * len(objective.tokens)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
     )
-
-    computed_in = getattr(torch, objective.compute)
-
-    def placed(name: str) -> Tensor:
-        return torch.where(masks[name], original[name].float(), parts[name].weight()).to(computed_in)
 
     def learner(name: str) -> Observer:
         # a layer's gradient is brought down to that of its parameter at once: those of all weights never exist together
@@ -188,7 +197,6 @@ def tune(
         return learn
 
     divergence = []
-    end = {name: placed(name) for name in parts}
     with moving_layers(layers, end) as states:
         for name, state in states.items():
             state.observer = learner(name)

@@ -12,7 +12,7 @@ from vllm_requant.format import LayerSpec, QuantizedLayer
 
 from ..statistics import InputStatistics
 
-__all__ = ["Base", "DenseLayer", "LayerData", "Need"]
+__all__ = ["Base", "DenseLayer", "LayerData", "Need", "relative_error"]
 
 _ROWS = 128  # that stand for all in an expected error
 
@@ -26,6 +26,11 @@ class DenseLayer(NamedTuple):
     def weight(self) -> Tensor:
         """float32 ``[out_features, in_features]``."""
         return QuantizedLayer(self.spec, self.tensors).dense_weight()
+
+
+def relative_error(quantized: Tensor, weight: Tensor) -> float:
+    """Norm of the difference over that of the weight, float32 of one shape; a weight of zeros counts as tiny."""
+    return float(torch.linalg.vector_norm(quantized - weight) / torch.linalg.vector_norm(weight).clamp(min=1e-30))
 
 
 class Need(Enum):

@@ -30,7 +30,7 @@ def table(results: list[dict[str, Any]]) -> str:
     by_name = {row["name"]: row for row in results}
     texts = list(results[0]["scores"])
     head = ["run", "bits"] + [f"{text} {what}" for text in texts for what in ("perplexity", "KL", "gap closed")]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    rows = []
     for name, row in sorted(by_name.items()):
         base = next((by_name[other] for other in by_name if name.startswith(f"{other}-")), None)
         cells = [name, f"{row['bits_per_weight']:.3f}"]
@@ -43,9 +43,9 @@ def table(results: list[dict[str, Any]]) -> str:
             other = base["scores"][text]
             share = gap_closed(score["reference_perplexity"], other["perplexity"], score["perplexity"])
             cells.append(f"{share:.0%} (KL {gap_closed(0.0, other['kl_divergence'], score['kl_divergence']):.0%})")
-        lines.append(" | ".join(cells))
+        rows.append(cells)
     original = ", ".join(f"{text} {results[0]['scores'][text]['reference_perplexity']:.2f}" for text in texts)
-    return _markdown(lines) + f"\nOriginal: {original}.\n"
+    return _markdown(head, rows) + f"\nOriginal: {original}.\n"
 
 
 def stage_table(results: list[dict[str, Any]]) -> str:
@@ -58,18 +58,16 @@ def stage_table(results: list[dict[str, Any]]) -> str:
     """
     taken = {row["name"]: row["report"]["stages"] for row in results}
     stages = list(dict.fromkeys(stage for run in taken.values() for stage in run["seconds"]))
-    lines = [" | ".join(["run", *stages]), " | ".join(["---"] * (1 + len(stages)))]
+    rows = []
     for name, run in sorted(taken.items()):
-        cells = [
-            f"{run['seconds'][stage]:.0f} s, {run['peak_mib'][stage] / 1024:.1f} GiB" if stage in run["seconds"] else ""
-            for stage in stages
-        ]
-        lines.append(" | ".join([name, *cells]))
-    return _markdown(lines)
+        seconds, peaks = run["seconds"], run["peak_mib"]
+        cells = [f"{seconds[at]:.0f} s, {peaks[at] / 1024:.1f} GiB" if at in seconds else "" for at in stages]
+        rows.append([name, *cells])
+    return _markdown(["run", *stages], rows)
 
 
-def _markdown(lines: list[str]) -> str:
-    return "".join(f"| {line} |\n" for line in lines)
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
 
 
 def main(

@@ -50,7 +50,7 @@ def command(
             parser=share, metavar="SHARE", help="Significant weights detached after it [0.05%; chosen under a target]."
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Steps in which the significant weights are detached: r_s / β.")] = 2,
     metric: Annotated[
         str,
         typer.Option(
