@@ -151,7 +151,7 @@ class _Run:
         self.inputs: dict[str, InputStatistics] = {}
         self.objective: Objective | None = None
         if self.tokens is not None:
-            apart = self.recipe.path_samples
+            apart = self.recipe.path_samples or None  # with None both slices hold everything
             self.objective = Objective(
                 self.model,
                 self.layers,
@@ -313,12 +313,12 @@ class _Run:
         before = self.measurements.loss(self.quantizer.restored(dense, masks), "before tuning")
         tuned, divergence = tune(self._fitted, dense, masks, epochs=self.recipe.tune_epochs)
         for parameter, _ in self.objective.originals:
-            parameter.data = parameter.data.to(self.lm.dtype).float()  # as they will be stored
+            parameter.data.copy_(parameter.data.to(self.lm.dtype))  # as they will be stored
         after = self.measurements.loss(self.quantizer.restored(tuned, masks), "after tuning")
         kept = after < before
         if not kept:
             for parameter, original in self.objective.originals:
-                parameter.data = original
+                parameter.data.copy_(original)
         log.info("tuning: calibration loss %.5f before, %.5f after", before, after)
         self.report["tuning"] = {
             "epochs": self.recipe.tune_epochs,

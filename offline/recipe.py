@@ -56,14 +56,16 @@ class Recipe:
         outlier_rule: how outliers are found inside a layer: largest "magnitude"; largest reduction of the "range" of
             a group; or "base": the base's own rule for the whole sparse part, which then no metric chooses.
         refit: quantize the dense part anew around the detached weights, and keep it if the calibration loss falls.
-        tune_epochs: passes over the calibration set in which scales, tables and norms are tuned at the end.
+        tune_epochs: passes over the calibration set in which scales, tables and norms are tuned at the end. None,
+            which only a caller can give, becomes 1, or 0 if no other step looks at text.
         hessian: what weights the squared error of a layer's output in bases and refits that look at it, one of
             ``HESSIANS``: "guided": the loss's gradients; "inputs": nothing, as in GPTQ and its peers.
         quadrature, nodes: how the path is integrated.
         labels: what F measures, a key of ``LABELS``.
         path_samples: so many of the calibration sequences are set apart for losses and path integrals; gradients at
             the original weights, statistics of the inputs and tuning see only the others: a loss on text that codes
-            and tables were fitted to is too good. None uses all sequences for everything.
+            and tables were fitted to is too good. 0 uses all sequences for everything; None, which only a caller can
+            give, becomes a quarter of them.
         compute: precision of forward and backward passes, a key of ``COMPUTE_DTYPES``.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
@@ -82,15 +84,15 @@ class Recipe:
     metric: str = "pqi-fisher"
     outlier_rule: str = "magnitude"
     refit: bool = True
-    tune_epochs: int = 0
+    tune_epochs: int = None  # type: ignore[assignment]
     hessian: str = "guided"
     quadrature: str = "gauss"
     nodes: int = 4
     labels: str = "text"
-    path_samples: int | None = None
+    path_samples: int = None  # type: ignore[assignment]
     compute: str = "float32"
     lm_head_bits: int = 16
-    num_samples: int = 32
+    num_samples: int = 64
     seq_len: int = 512
     seed: int = 0
 
@@ -139,14 +141,20 @@ class Recipe:
             ("--nodes", self.nodes),
             ("--num-samples", self.num_samples),
             ("--rounds", self.rounds),
-            ("--path-samples", self.path_samples),
         ):
-            if value is not None and value < 1:
+            if value < 1:
                 raise RecipeError(f"{flag} {value}: must be at least 1")
-        if self.path_samples is not None and self.path_samples >= self.num_samples:
-            raise RecipeError(f"--path-samples {self.path_samples}: must be less than --num-samples {self.num_samples}")
+        if self.path_samples is None:
+            object.__setattr__(self, "path_samples", self.num_samples // 4)
+        if not 0 <= self.path_samples < self.num_samples:
+            raise RecipeError(
+                f"--path-samples {self.path_samples}: must not be negative, and less than --num-samples "
+                f"{self.num_samples}"
+            )
         if self.seq_len < 2:
             raise RecipeError(f"--seq-len {self.seq_len}: must be at least 2")
+        if self.tune_epochs is None:
+            object.__setattr__(self, "tune_epochs", int(self._needs_text))
         if self.tune_epochs < 0:
             raise RecipeError(f"--tune-epochs {self.tune_epochs}: must not be negative")
         if self.lm_head_bits not in (4, 8, 16):
@@ -215,10 +223,15 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether any step looks at text."""
+        return self._needs_text or self.tune_epochs > 0
+
+    @property
+    def _needs_text(self) -> bool:
+        """Whether a step before tuning does."""
         chooses = self.ranks and self.metric != "random" and (METRICS[self.metric].needs_path or self.outliers > 0)
         base = BASES[self.base]
         needs = base.needs | (base.refit_needs if self.refits else frozenset())
-        return bool(needs) or self.needs_start or chooses or self.has_target or self.tune_epochs > 0
+        return bool(needs) or self.needs_start or chooses or self.has_target
 
     def describe(self) -> dict[str, Any]:
         return asdict(self)

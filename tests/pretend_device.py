@@ -67,6 +67,8 @@ class _Literals(TorchFunctionMode):
             return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
         if function is Tensor.tolist and isinstance(args[0], _Elsewhere):
             return args[0].held.tolist()  # a tensor of another class has none
+        if getattr(function, "__self__", None) is Tensor.data and len(args) == 2 and isinstance(args[0], _Elsewhere):
+            args[0].held = args[1].held  # an assignment to .data replaces only what the wrapper says of itself
         return function(*args, **kwargs)
 
 

@@ -1,10 +1,11 @@
 """The real model, converted once, and real servers."""
 
+import copy
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ class Converted:
 
 @pytest.fixture(scope="session")
 def converted(original: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """The default recipe with little calibration."""
+    """The default recipe with little calibration; of a copy, because tuning moves the norms."""
     folder = tmp_path_factory.mktemp("converted") / "checkpoint"
-    _, conversion = convert_and_save(original, folder, RECIPE)
+    _, conversion = convert_and_save(replace(original, model=copy.deepcopy(original.model)), folder, RECIPE)
     return Converted(folder, conversion)
 
 

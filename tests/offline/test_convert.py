@@ -21,7 +21,8 @@ from vllm_requant.offline.recipe import Recipe, RecipeError
 from vllm_requant.offline.save import convert_and_save
 from vllm_requant.offline.statistics import HESSIANS, guided_statistics, input_statistics
 
-SMALL = {"num_samples": 3, "seq_len": 24, "nodes": 2, "outliers": 0.01, "significant": 0.004}
+# what is tuned is no longer what the base made; the default tunes, see test_tuning_and_sequences_set_apart_unless_named
+SMALL = {"num_samples": 3, "seq_len": 24, "nodes": 2, "outliers": 0.01, "significant": 0.004, "tune_epochs": 0}
 
 
 def _convert(source: Path, out: Path, **choices):  # type: ignore[no-untyped-def]
@@ -184,7 +185,7 @@ def test_tuning_lowers_the_loss_of_the_result(tmp_path: Path, base: str) -> None
     loss = {}
     for epochs in (0, 6):
         out = tmp_path / str(epochs)
-        lm, conversion = _convert(source, out, base=base, bits=2, tune_epochs=epochs, num_samples=4)
+        lm, conversion = _convert(source, out, base=base, bits=2, tune_epochs=epochs, num_samples=4, path_samples=0)
         loss[epochs] = conversion.report["calibration_loss"]
         restored = hf.load_dequantized(out)
         tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -219,7 +220,9 @@ def test_refit_never_raises_the_calibration_loss(tmp_path: Path, base: str) -> N
     source = tiny.save(tmp_path / "in")
     loss = {}
     for refit in (False, True):
-        _, conversion = _convert(source, tmp_path / str(refit), base=base, bits=2, refit=refit, num_samples=30)
+        _, conversion = _convert(
+            source, tmp_path / str(refit), base=base, bits=2, refit=refit, num_samples=30, path_samples=0
+        )
         loss[refit] = conversion.report["calibration_loss"]
         decision = conversion.report["refit"]
         assert (decision is not None) is (refit and base != "qtip")
@@ -373,7 +376,8 @@ def test_sources_that_are_no_model(tmp_path: Path) -> None:
         ({"target_bpw": 3.0, "outlier_rule": "base"}, "--outlier-rule"),
         ({"labels": "both"}, "--labels"),
         ({"hessian": "outputs"}, "--hessian"),
-        ({"path_samples": 0}, "--path-samples"),
+        ({"path_samples": -1}, "--path-samples"),
+        ({"tune_epochs": -1}, "--tune-epochs"),
         ({"path_samples": 4, "num_samples": 4}, "--path-samples"),
         ({"nodes": 1, "quadrature": "uniform"}, "--nodes"),
         ({"lm_head_bits": 3}, "--lm-head-bits"),
@@ -390,6 +394,17 @@ def test_sparse_shares_follow_the_base_unless_named() -> None:
     assert (Recipe().outliers, Recipe().significant) == (0.0045, 0.0005)
     assert (Recipe(base="qtip").outliers, Recipe(base="qtip").significant) == (0.0, 0.0005)
     assert Recipe(base="qtip", outliers=0.002).describe()["outliers"] == 0.002
+
+
+def test_tuning_and_sequences_set_apart_unless_named(tmp_path: Path) -> None:
+    assert (Recipe().tune_epochs, Recipe().path_samples, Recipe().num_samples) == (1, 16, 64)
+    assert Recipe(num_samples=3).path_samples == 0, "too few to spare one"
+    plain = {"base": "rtn", "outliers": 0, "significant": 0}
+    assert not Recipe(**plain).needs_calibration, "plain rounding asks for no text"
+    assert Recipe(**plain, tune_epochs=1).needs_calibration
+    choices = {"num_samples": 8, "tune_epochs": None, "bits": 2}
+    _, conversion = _convert(tiny.save(tmp_path / "in"), tmp_path / "out", **choices)
+    assert len(conversion.report["tuning"]["divergence"]) == 6
 
 
 def _file_calibration(path: Path, **size: int) -> torch.Tensor:

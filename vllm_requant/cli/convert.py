@@ -62,8 +62,9 @@ def command(
     ] = "magnitude",
     refit: Annotated[bool, typer.Option(help="Quantize anew around the detached weights.")] = True,
     tune_epochs: Annotated[
-        int, typer.Option(help="Passes over the calibration set that tune scales, tables and norms.")
-    ] = 0,
+        int | None,
+        typer.Option(help="Passes over the calibration set that tune scales, tables and norms [1; 0 without text]."),
+    ] = None,
     hessian: Annotated[
         str, typer.Option(help="Weights of a layer's output errors: guided (by gradients), or inputs (all alike).")
     ] = "guided",
@@ -71,7 +72,7 @@ def command(
     calibration_dataset: Annotated[
         str, typer.Option(help="self (sampled from the model), a text or JSONL file, or a Hub data set.")
     ] = "self",
-    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     quadrature: Annotated[str, typer.Option(help="Rule of the path integral: gauss, midpoint, uniform.")] = "gauss",
     nodes: Annotated[int, typer.Option(help="Gradient evaluations on the path.")] = 4,
@@ -79,7 +80,8 @@ def command(
         str, typer.Option(help="What the loss compares with: the text's next tokens, or the model's predictions.")
     ] = "text",
     path_samples: Annotated[
-        int | None, typer.Option(help="Sequences set apart for losses and path integrals [all, and none apart].")
+        int | None,
+        typer.Option(help="Sequences set apart for losses and path integrals; 0: all serve everything [a quarter]."),
     ] = None,
     compute: Annotated[
         str, typer.Option(help="Precision of the gradients: float32, or bfloat16 (faster).")
@@ -118,12 +120,12 @@ def command(
             metric=metric,
             outlier_rule=outlier_rule,
             refit=refit,
-            tune_epochs=tune_epochs,
+            tune_epochs=tune_epochs,  # type: ignore[arg-type]
             hessian=hessian,
             quadrature=quadrature,
             nodes=nodes,
             labels=labels,
-            path_samples=path_samples,
+            path_samples=path_samples,  # type: ignore[arg-type]
             compute=compute,
             lm_head_bits=lm_head_bits,
             num_samples=num_samples,
