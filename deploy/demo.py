@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="model to convert")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint and the logs")
-    parser.add_argument("--num-samples", type=int, default=8, help="calibration sequences")
+    parser.add_argument("--num-samples", type=int, default=16, help="calibration sequences")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens in each")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from vllm_requant.offline.pipeline import Conversion
 from vllm_requant.offline.recipe import Recipe
 from vllm_requant.offline.save import convert_and_save
 
-RECIPE = Recipe(bits=4, num_samples=4, seq_len=128)
+RECIPE = Recipe(bits=4, num_samples=8, path_samples=4, seq_len=128)
 
 
 @pytest.fixture(scope="session")
