@@ -62,16 +62,18 @@ class _Uniform(Tunable):
         super().__init__(dense, "scales")
         spec = dense.spec
         assert isinstance(spec, UniformSpec)
-        self.group = column_groups(spec.in_features, spec.group_size, self.parameter.device)
+        group = column_groups(spec.in_features, spec.group_size, self.parameter.device)
+        # a product with zeros and ones takes scales to columns, and back, several times as fast as an index
+        self.columns = nn.functional.one_hot(group, spec.groups).float().t()
         codes = unpack_codes(dense.tensors["qweight"], spec.bits, spec.in_features).float()
-        self.steps = codes - unpack_codes(dense.tensors["qzeros"], spec.bits, spec.groups).float()[:, self.group]
+        self.steps = codes - unpack_codes(dense.tensors["qzeros"], spec.bits, spec.groups).float() @ self.columns
 
     def weight(self) -> Tensor:
         self.parameter.clamp_(min=SMALLEST_SCALE)
-        return self.steps * self.parameter[:, self.group]
+        return self.steps * (self.parameter @ self.columns)
 
     def gradient(self, weight: Tensor) -> Tensor:
-        return torch.zeros_like(self.parameter).index_add_(1, self.group, weight * self.steps)
+        return (weight * self.steps) @ self.columns.t()
 
 
 class _Lut(Tunable):
