@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import TensorCache, fingerprint
+from .losses import cross_entropy, divergence
 from .models import computing_in
 from .path import MovingLayer, Observer, moving_layers
 from .progress import track
@@ -257,20 +258,20 @@ class Objective:
             next(ticks, None)  # ends the bar
         return GradientMoments(gradient, square)
 
-    def log_probabilities(self, tokens: Tensor) -> Tensor:
-        """The model's predictions of all but the first token of a sequence: float32 ``[seq_len − 1, vocabulary]``."""
-        return torch.log_softmax(self._predict(tokens).float(), dim=-1)
+    def divergence(self, tokens: Tensor, teacher: Tensor) -> Tensor:
+        """The Kullback–Leibler divergence of the model's predictions of a sequence from those of :meth:`teacher`."""
+        return divergence(self._predict(tokens), teacher)
 
     @torch.no_grad()
     def teacher(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor:
-        """The original's predictions, as :meth:`log_probabilities`; may leave the layers at w."""
+        """The original's logits ``[seq_len − 1, vocabulary]`` for all but the first token; may leave the layers at w."""
         key = tokens.cpu().numpy().tobytes()
         logits = self._logits.get(key)
         if logits is None:
             logits = self._predict_original(tokens, states)
             if sum(kept.nbytes for kept in self._logits.values()) + logits.nbytes <= _KEPT_BYTES:
                 self._logits[key] = logits
-        return torch.log_softmax(logits.float(), dim=-1)
+        return logits
 
     def _predict(self, tokens: Tensor) -> Tensor:
         """Logits for all but the first token of a sequence, in the type in which the model computes them."""
@@ -296,10 +297,9 @@ class Objective:
 
     def _sequence_loss(self, tokens: Tensor, teacher: Tensor | None) -> Tensor:
         """F of one sequence, int64 ``[seq_len]``."""
-        predicted = self.log_probabilities(tokens)
         if teacher is None:
-            return nn.functional.nll_loss(predicted, tokens[1:].to(self.device))
-        return nn.functional.kl_div(predicted, teacher, reduction="batchmean", log_target=True)
+            return cross_entropy(self._predict(tokens), tokens[1:].to(self.device))
+        return self.divergence(tokens, teacher)
 
     @contextmanager
     def _training(self) -> Iterator[None]:

@@ -209,8 +209,7 @@ def tune(
                 state.t = 1.0
             for parameter in norm_parameters:
                 parameter.requires_grad_(True)
-            student = objective.log_probabilities(row)
-            loss = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+            loss = objective.divergence(row, teacher)
             loss.backward()
             divergence.append(float(loss.detach()))
             for parameter, tensor in zip(norm_parameters, tuned[len(parts) :], strict=True):

@@ -16,6 +16,7 @@ import torch
 import typer
 
 from vllm_requant.offline.calibration import load_calibration
+from vllm_requant.offline.losses import divergence
 from vllm_requant.offline.models import find_layers, load_causal_lm
 from vllm_requant.offline.progress import track
 
@@ -57,8 +58,8 @@ def main(
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data = weight
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = lm.model(row[None]).logits[0]
-        return torch.log_softmax(logits.float(), dim=-1)
+            logits: torch.Tensor = lm.model(row[None]).logits[0]
+        return logits
 
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -70,7 +71,7 @@ def main(
         for parameter in parameters:
             parameter.requires_grad_(True)
         student = predictions(row, noisy)
-        loss = torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        loss = divergence(student, teacher)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ import typer
 
 from .plots import plot_sweep
 
-__all__ = ["gap_closed", "stage_table", "table"]
+__all__ = ["gap_closed", "markdown", "stage_table", "table"]
 
 
 def gap_closed(original: float, base: float, ours: float) -> float:
@@ -45,7 +45,7 @@ def table(results: list[dict[str, Any]]) -> str:
             cells.append(f"{share:.0%} (KL {gap_closed(0.0, other['kl_divergence'], score['kl_divergence']):.0%})")
         rows.append(cells)
     original = ", ".join(f"{text} {results[0]['scores'][text]['reference_perplexity']:.2f}" for text in texts)
-    return _markdown(head, rows) + f"\nOriginal: {original}.\n"
+    return markdown(head, rows) + f"\nOriginal: {original}.\n"
 
 
 def stage_table(results: list[dict[str, Any]]) -> str:
@@ -63,10 +63,10 @@ def stage_table(results: list[dict[str, Any]]) -> str:
         seconds, peaks = run["seconds"], run["peak_mib"]
         cells = [f"{seconds[at]:.0f} s, {peaks[at] / 1024:.1f} GiB" if at in seconds else "" for at in stages]
         rows.append([name, *cells])
-    return _markdown(["run", *stages], rows)
+    return markdown(["run", *stages], rows)
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
 
 

