@@ -264,7 +264,7 @@ class Objective:
 
     @torch.no_grad()
     def teacher(self, tokens: Tensor, states: Mapping[str, MovingLayer]) -> Tensor:
-        """The original's logits ``[seq_len − 1, vocabulary]`` for all but the first token; may leave the layers at w."""
+        """The original's logits ``[seq_len − 1, vocabulary]``, the last token's left out; may leave the layers at w."""
         key = tokens.cpu().numpy().tobytes()
         logits = self._logits.get(key)
         if logits is None:

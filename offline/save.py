@@ -16,7 +16,7 @@ from .models import CausalLM, model_config, other_tensors
 from .pipeline import Conversion, convert
 from .recipe import Recipe
 
-__all__ = ["REPORT_NAME", "convert_and_save", "save"]
+__all__ = ["REPORT_NAME", "convert_and_save", "convert_on", "save"]
 
 REPORT_NAME = "requant_report.json"
 
@@ -50,6 +50,15 @@ def convert_and_save(
         CalibrationError: the calibration text is missing or too short.
         OSError: ``folder`` cannot be written.
     """
+    conversion, calibration = convert_on(lm, recipe, dataset, cache=cache, low_memory=low_memory)
+    config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
+    return config, conversion
+
+
+def convert_on(
+    lm: CausalLM, recipe: Recipe, dataset: str, *, cache: Path | None = None, low_memory: bool = False
+) -> tuple[Conversion, Calibration | None]:
+    """Convert a model with calibration text, which is not read if the recipe needs none; arguments as above."""
     calibration = None
     if recipe.needs_calibration:
         calibration = load_calibration(
@@ -61,9 +70,7 @@ def convert_and_save(
             seed=recipe.seed,
         )
     tokens = calibration.tokens if calibration is not None else None
-    conversion = convert(lm, recipe, tokens, cache=cache, low_memory=low_memory)
-    config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
-    return config, conversion
+    return convert(lm, recipe, tokens, cache=cache, low_memory=low_memory), calibration
 
 
 def save(

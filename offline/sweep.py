@@ -16,8 +16,9 @@ Runs are named and written in TOML; a table ``[all]`` holds what they share::
     base = "gptq"
     size_of = "gptq-3"      # as many stored bits as that run has
 
-Fields are those of :class:`~.recipe.Recipe`. Nothing is saved but the scores, a JSON object a line, appended when a
-run ends: a sweep that was interrupted goes on where it stopped, and several processes may share one file.
+Fields are those of :class:`~.recipe.Recipe`. The scores, and the checkpoints if they are wanted, are all that is saved.
+A JSON object a line is appended when a run ends: a sweep that was interrupted goes on where it stopped, and several
+processes may share one file.
 """
 
 import json
@@ -33,11 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import load_calibration
 from .evaluate import EvaluationText, compare, evaluation_windows, predictions
 from .models import find_layers, load_causal_lm
-from .pipeline import convert
 from .recipe import Recipe, RecipeError
+from .save import convert_on, save
 
 __all__ = ["Sweep", "read_runs"]
 
@@ -87,6 +87,7 @@ class Sweep:
         output: file of results.
         seq_len, max_tokens: of the evaluation.
         cache: folder of path integrals.
+        checkpoints: folder in which every run leaves its checkpoint, under its name; None leaves none.
     """
 
     source: str
@@ -97,6 +98,7 @@ class Sweep:
     seq_len: int = 512
     max_tokens: int | None = None
     cache: Path | None = None
+    checkpoints: Path | None = None
     device: torch.device | str = "cpu"
     low_memory: bool = False
 
@@ -127,7 +129,7 @@ class Sweep:
             log.info("run %s", name)
             if not reference:
                 reference = dict(self._references())
-            row = {"name": name, "choices": dict(choices)} | self._one(self._recipe(name, choices), reference)
+            row = {"name": name, "choices": dict(choices)} | self._one(name, self._recipe(name, choices), reference)
             self.output.parent.mkdir(parents=True, exist_ok=True)
             with self.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -154,30 +156,22 @@ class Sweep:
             yield name, (windows, list(predictions(lm.model, windows, torch.float16)), conditions | {"dataset": name})
 
     def _one(
-        self, recipe: Recipe, reference: Mapping[str, tuple[Tensor, list[Tensor], dict[str, Any]]]
+        self, name: str, recipe: Recipe, reference: Mapping[str, tuple[Tensor, list[Tensor], dict[str, Any]]]
     ) -> dict[str, Any]:
         started = time.monotonic()
         lm = load_causal_lm(self.source, device=self.device)
-        calibration = None
-        if recipe.needs_calibration:
-            calibration = load_calibration(
-                self.calibration,
-                lm.model,
-                lm.tokenizer,
-                num_samples=recipe.num_samples,
-                seq_len=recipe.seq_len,
-                seed=recipe.seed,
-            )
-        tokens = calibration.tokens if calibration is not None else None
-        conversion = convert(lm, recipe, tokens, cache=self.cache, low_memory=self.low_memory)
+        conversion, calibration = convert_on(lm, recipe, self.calibration, cache=self.cache, low_memory=self.low_memory)
         seconds = time.monotonic() - started
-        for name, layer in find_layers(lm.model).items():
-            layer.weight.data = conversion.layers[name].weight().to(self.device)  # exact, in float32
+        if self.checkpoints is not None:
+            # without a line in the results the run starts anew, and what it had written is replaced
+            save(self.checkpoints / name, lm, recipe, calibration, conversion, overwrite=True)
+        for layer_name, layer in find_layers(lm.model).items():
+            layer.weight.data = conversion.layers[layer_name].weight().to(self.device)  # exact, in float32
         scores = {}
-        for name, (windows, original, conditions) in reference.items():
+        for text, (windows, original, conditions) in reference.items():
             measured = compare(windows, predictions(lm.model, windows), original)
-            scores[name] = measured | {"conditions": conditions}
-            log.info("%s: perplexity %.3f, KL %.4f", name, measured["perplexity"], measured["kl_divergence"])
+            scores[text] = measured | {"conditions": conditions}
+            log.info("%s: perplexity %.3f, KL %.4f", text, measured["perplexity"], measured["kl_divergence"])
         bits = sum(8 * layer.spec.nbytes for layer in conversion.layers.values())
         numel = sum(layer.spec.numel for layer in conversion.layers.values())
         report = {key: value for key, value in conversion.report.items() if key != "layers"}

@@ -1,7 +1,7 @@
 """What the byte-sum code of the trellis costs beside a Gaussian one, and what it costs to close the strings.
 
-Mean squared error on unit Gaussian values of the best path, each code at its best scale. A random Gaussian table of one
-value a state is what the trellis would use if tables were free to decode; with many states no code is known to be better.
+Mean squared error on unit Gaussian values of the best path, each code at its best scale. A random Gaussian table of
+one value a state is what the trellis would use if tables were free to decode.
 
     python -m vllm_requant.offline.studies.codes -o codes.json
 """
@@ -50,9 +50,9 @@ def main(
 ) -> None:
     """Measure every size of trellis."""
     values = torch.randn(tiles * TILE, generator=torch.Generator().manual_seed(5))
-    cells = [(state_bits, bits) for state_bits in _STATE_BITS for bits in _BITS]
+    trellises = [(state_bits, bits) for state_bits in _STATE_BITS for bits in _BITS]
     rows: list[dict[str, Any]] = []
-    for state_bits, bits in track(cells, "codes", total=len(cells)):
+    for state_bits, bits in track(trellises, "codes", total=len(trellises)):
         for name, code in _codes(state_bits):
             free, closed = (
                 _distortion(values.view(-1, length), code, bits, rotations)
@@ -62,16 +62,9 @@ def main(
             rows.append(row | {"open": free, "closed": closed})
     output.write_text(json.dumps({"values": values.numel(), "rows": rows}, indent=2) + "\n")
     head = ["state bits", "bits", "limit", "code", f"open paths of {_OPEN}", f"closed strings of {TILE}"]
-    typer.echo(
-        markdown(
-            head,
-            [
-                [str(row["state_bits"]), str(row["bits"]), f"{row['limit']:.4f}", row["code"]]
-                + [f"{row['open']:.4f}", f"{row['closed']:.4f}"]
-                for row in rows
-            ],
-        )
-    )
+    columns = ("state_bits", "bits", "limit", "code", "open", "closed")
+    cells = [[f"{row[key]:.4f}" if isinstance(row[key], float) else str(row[key]) for key in columns] for row in rows]
+    typer.echo(markdown(head, cells))
 
 
 if __name__ == "__main__":

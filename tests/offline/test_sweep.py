@@ -1,12 +1,16 @@
 """Runs are checked before anything is loaded, and finished ones are not run again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from vllm_requant.offline.evaluate import BUILTIN_DATASET
+from vllm_requant.format.reader import read_model_config
+from vllm_requant.hf import load_dequantized
+from vllm_requant.offline.evaluate import BUILTIN_DATASET, EvaluationText, compare, evaluation_windows, predictions
+from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import RecipeError
 from vllm_requant.offline.sweep import Sweep, read_runs
 
@@ -59,6 +63,18 @@ def test_runs_are_scored_and_kept(tmp_path: Path) -> None:
     # nothing is left to do, also for another process
     assert list(_sweep(tmp_path).run()) == []
     assert [json.loads(line)["name"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == list(rows)
+
+
+def test_checkpoints_are_what_was_scored(tmp_path: Path) -> None:
+    sweep = replace(_sweep(tmp_path), checkpoints=tmp_path / "checkpoints")
+    row = next(sweep.run("gptq-4"))
+    folder = tmp_path / "checkpoints" / "gptq-4"
+    assert read_model_config(folder)[1].provenance["recipe"] == row["recipe"]
+    windows, _ = evaluation_windows(
+        EvaluationText(BUILTIN_DATASET), load_causal_lm(sweep.source).tokenizer, seq_len=32, max_tokens=96
+    )
+    measured = compare(windows, predictions(load_dequantized(folder), windows))
+    assert measured["perplexity"] == pytest.approx(row["scores"]["docs"]["perplexity"], rel=1e-4)
 
 
 def test_a_result_of_another_recipe_is_not_taken_for_the_run(tmp_path: Path) -> None:

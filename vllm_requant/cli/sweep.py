@@ -23,6 +23,9 @@ def command(
     max_tokens: Annotated[int | None, typer.Option(help="Use at most that many tokens of each text.")] = None,
     only: Annotated[str, typer.Option(metavar="GLOB", help="Run only runs whose name fits.")] = "*",
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what runs have in common.")] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the checkpoint of every run, to DIR/NAME.")
+    ] = None,
     device: Device = "auto",
     low_memory: LowMemory = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -55,6 +58,7 @@ def command(
             seq_len=seq_len,
             max_tokens=max_tokens,
             cache=cache,
+            checkpoints=checkpoints,
             device=find_device(device),
             low_memory=low_memory,
         )
