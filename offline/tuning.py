@@ -8,7 +8,7 @@ own choice; it follows the end-to-end tuning of scales in EfficientQAT (arXiv 24
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -90,13 +90,18 @@ class _Lut(Tunable):
 
 
 class _Trellis(Tunable):
+    """``S_out · H_out · A · H_in · S_in``, whose signs and transforms are one small matrix a block on either side."""
+
     def __init__(self, dense: DenseLayer) -> None:
         super().__init__(dense, "scales")
         spec = dense.spec
         assert isinstance(spec, TrellisSpec)
         self.spec = spec
-        self.signs_in = signs(dense.tensors["signs_in"], spec.in_features)
-        self.signs_out = signs(dense.tensors["signs_out"], spec.out_features)
+        signs_in = signs(dense.tensors["signs_in"], spec.in_features).view(-1, 1, spec.block_in)
+        signs_out = signs(dense.tensors["signs_out"], spec.out_features).view(-1, spec.block_out, 1)
+        eye_in, eye_out = (torch.eye(block, device=signs_in.device) for block in (spec.block_in, spec.block_out))
+        self.right = hadamard_blocks(eye_in, spec.block_in) * signs_in
+        self.left = hadamard_blocks(eye_out, spec.block_out) * signs_out
         ones = torch.ones_like(dense.tensors["scales"])
         self.units = rotated_trellis(
             dense.tensors["qweight"], ones, bits=spec.bits, state_bits=spec.state_bits, in_features=spec.in_features
@@ -104,17 +109,26 @@ class _Trellis(Tunable):
 
     def weight(self) -> Tensor:
         self.parameter.clamp_(min=0)
-        spec = self.spec
         scaled = (self._blocks(self.units) * self.parameter[:, None, :, None]).view_as(self.units)
-        turned = hadamard_blocks(scaled, spec.block_in) * self.signs_in
-        return (hadamard_blocks(turned.t().contiguous(), spec.block_out) * self.signs_out).t()
+        turned = torch.empty_like(scaled)
+        for at, right in self._columns():
+            torch.mm(scaled[:, at], right, out=turned[:, at])
+        return self._from_left(self.left, turned)
 
     def gradient(self, weight: Tensor) -> Tensor:
-        spec = self.spec
-        # the transforms are symmetric and orthonormal: the way back is the way there
-        turned = hadamard_blocks((weight * self.signs_in).contiguous(), spec.block_in)
-        turned = hadamard_blocks((turned.t() * self.signs_out).contiguous(), spec.block_out).t()
-        return self._blocks(turned * self.units).sum(dim=(1, 3))
+        turned = self._from_left(self.left.mT, weight)
+        products = [(turned[:, at] @ right.t()).mul_(self.units[:, at]) for at, right in self._columns()]
+        return torch.stack([product.view(len(self.left), -1).sum(1) for product in products], 1)
+
+    def _from_left(self, blocks: Tensor, matrix: Tensor) -> Tensor:
+        """Each block of rows of a matrix, multiplied by its own."""
+        return (blocks @ matrix.view(len(blocks), self.spec.block_out, -1)).view_as(matrix)
+
+    def _columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each block of columns, and the matrix on its right."""
+        size = self.spec.block_in
+        for number, right in enumerate(self.right):
+            yield slice(number * size, (number + 1) * size), right
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """``[out_features, in_features]`` as ``[blocks of rows, rows, blocks of columns, columns]``."""

@@ -1,15 +1,12 @@
 """A ReQuant checkpoint in vLLM's engine gives the tokens of transformers on the dequantized weights."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.serving.engine import job, vllm_tokens
 from tests.serving.vllm_layers import FORMATS, random_layer
 from vllm_requant.format import CheckpointConfig, QuantizedLayer
 from vllm_requant.format.writer import write_tensors
@@ -65,30 +62,6 @@ def expected_tokens(model: LlamaForCausalLM) -> list[list[int]]:
     return result
 
 
-def vllm_tokens(*jobs: tuple[Path, dict[str, object]]) -> list[list[list[int]]]:
-    """The tokens of each ``(folder, options of vllm.LLM)``."""
-    # float32: in 16 bits a rounding can decide between two tokens
-    settings = {"dtype": "float32", "enforce_eager": True}
-    arguments = [{"folder": str(folder), "prompts": PROMPTS, "options": settings | options} for folder, options in jobs]
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("offline_generate.py")), json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(path for path in (os.getcwd(), *sys.path) if path),
-            # two ranks must start on a machine of two cores
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            # vLLM compiles the masking of token ids even with enforce_eager
-            "TORCHDYNAMO_DISABLE": "1",
-        },
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def all_linears(model: LlamaForCausalLM) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
@@ -117,10 +90,10 @@ def test_greedy_tokens_are_those_of_the_dequantized_model(tmp_path):
     shutil.copytree(tmp_path / "own", tmp_path / "dummy", ignore=shutil.ignore_patterns("*.safetensors"))
     results = vllm_tokens(
         # first: with AMX, vLLM's bfloat16 attention must not depend on what ran before it in the process
-        (tmp_path / "own", {"dtype": "bfloat16"}),
-        (tmp_path / "own", {}),
-        (tmp_path / "tied", {}),
-        (tmp_path / "dummy", {"load_format": "dummy"}),
+        job(tmp_path / "own", PROMPTS, dtype="bfloat16"),
+        job(tmp_path / "own", PROMPTS),
+        job(tmp_path / "tied", PROMPTS),
+        job(tmp_path / "dummy", PROMPTS, load_format="dummy"),
     )
     assert results[1:3] == [own_head, tied]
     # rounding to 16 bits, and arbitrary weights, leave only the length to be known
@@ -130,4 +103,4 @@ def test_greedy_tokens_are_those_of_the_dequantized_model(tmp_path):
 
 def test_two_tensor_parallel_processes_give_the_same_tokens(tmp_path):
     expected = mixed_checkpoint(tmp_path / "model", tied=True)
-    assert vllm_tokens((tmp_path / "model", {"tensor_parallel_size": 2})) == [expected]
+    assert vllm_tokens(job(tmp_path / "model", PROMPTS, tensor_parallel_size=2)) == [expected]
