@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
 
 from tests.serving.engine import job, vllm_tokens
 from vllm_requant import hf
@@ -76,8 +75,11 @@ def folders(original: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def _expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     model = hf.load_dequantized(folder)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)  # no token ends a text
-    return [model.generate(torch.tensor([ids]), settings)[0, len(ids) :].tolist() for ids in prompts]
+    model.generation_config.eos_token_id = None  # no token ends a text
+    return [
+        model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
 
 
 def test_vllm_gives_the_tokens_of_the_dequantized_model(folders: list[Path]) -> None:
