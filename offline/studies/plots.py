@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_nodes", "plot_sweep"]
+__all__ = ["OURS", "plot_nodes", "plot_sweep"]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind readers too
-_OURS = "requant"
+OURS = "requant"  # NAME-requant is ReQuant with the base NAME
 
 
 def plot_sweep(results: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -22,7 +22,7 @@ def plot_sweep(results: Sequence[Mapping[str, Any]], file: Path) -> None:
         file: a picture of any type that matplotlib writes.
     """
     by_name = {row["name"]: row for row in results}
-    pairs = {name: f"{name}-{_OURS}" for name in by_name if f"{name}-{_OURS}" in by_name}
+    pairs = {name: f"{name}-{OURS}" for name in by_name if f"{name}-{OURS}" in by_name}
     kinds = sorted({name.partition("-")[0] for name in pairs})
     texts = list(results[0]["scores"])
     figure, panels = _figure(len(texts))

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from vllm_requant.offline.studies.plots import plot_nodes, plot_sweep
-from vllm_requant.offline.studies.table import gap_closed, stage_table, table
+from vllm_requant.offline.studies.table import gap_closed, pair_table, stage_table, table
 
 
 def _row(name: str, perplexity: float, divergence: float) -> dict[str, Any]:
@@ -26,6 +26,12 @@ def test_rows_are_held_against_their_base() -> None:
     assert "| awq-3-requant | 3.300 | 35.00 | 0.1000 | 25% (KL 75%) |" in text
     assert "| rtn-3 | 3.300 | 60.00 | 0.9000 |  |" in text
     assert text.endswith("Original: c4 20.00.\n")
+
+
+def test_pairs_stand_side_by_side() -> None:
+    rows = [_row("awq-3", 40.0, 0.4), _row("awq-3-random", 39.0, 0.3), _row("rtn-3", 60.0, 0.9)]
+    rows += [_row("awq-3-requant", 35.0, 0.1)]
+    assert pair_table(rows).splitlines()[2:] == ["| awq | 3.300 | 40.00 → 35.00 | 25% | 0.400 → 0.100 |"]
 
 
 def test_stages_stand_under_their_names() -> None:
