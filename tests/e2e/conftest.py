@@ -20,6 +20,14 @@ from vllm_requant.offline.pipeline import Conversion
 from vllm_requant.offline.recipe import Recipe
 from vllm_requant.offline.save import convert_and_save
 
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a",
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n",
+    "The three primary colours are",
+]
+NEW_TOKENS = 32
 RECIPE = Recipe(bits=4, num_samples=8, path_samples=4, seq_len=128)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.e2e.conftest import NEW_TOKENS, PROMPTS
 from tests.serving.engine import job, vllm_tokens
 from vllm_requant import hf
 from vllm_requant.format import QuantizedLayer
@@ -27,14 +28,6 @@ from vllm_requant.offline.statistics import guided_statistics
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
-NEW_TOKENS = 32
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time there was a",
-    "Water boils at a temperature of",
-    "def fibonacci(n):\n",
-    "The three primary colours are",
-]
 # a width that no layer of the base has is a plain uniform one, as a search for a size may choose it
 WIDTHS = {
     "squeezellm": [(2, 64), (3, 64), (4, 64), (8, 128)],

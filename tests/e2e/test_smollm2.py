@@ -12,21 +12,13 @@ import openai
 import pytest
 import torch
 
-from tests.e2e.conftest import Converted, serve
+from tests.e2e.conftest import NEW_TOKENS, PROMPTS, Converted, serve
 from vllm_requant import hf
 from vllm_requant.cli.inspect import describe
 
 # the first test waits for the conversion
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time there was a",
-    "Water boils at a temperature of",
-    "def fibonacci(n):\n",
-    "The three primary colours are",
-]
-NEW_TOKENS = 32
 # glibc keeps what vLLM frees while it repacks bfloat16 weights: 64 MiB on this model, which are nobody's weights.
 # With every larger block in a mapping of its own, freed memory goes back and residency says what is held.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
