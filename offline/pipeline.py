@@ -129,7 +129,7 @@ def convert(
     """
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
-    return _Run(lm, _with_target(lm.model, recipe), tokens, TensorCache(cache), low_memory).convert()
+    return _Run(lm, _with_target(lm.model, recipe.on(lm.device)), tokens, TensorCache(cache), low_memory).convert()
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """What to do to a model: every choice of a conversion, checked before anything is loaded."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
+
+import torch
 
 from .bases import BASES, Base, Rtn
 from .metrics import METRICS
-from .models import COMPUTE_DTYPES
+from .models import COMPUTE_DTYPES, fastest_compute
 from .pqi import LABELS, QUADRATURES, quadrature
 from .statistics import HESSIANS
 
@@ -66,7 +68,7 @@ class Recipe:
             the original weights, statistics of the inputs and tuning see only the others: a loss on text that codes
             and tables were fitted to is too good. 0 uses all sequences for everything; None, which only a caller can
             give, becomes a quarter of them.
-        compute: precision of forward and backward passes, a key of ``COMPUTE_DTYPES``.
+        compute: precision of forward and backward passes, a key of ``COMPUTE_DTYPES``, or "auto": the faster one.
         lm_head_bits: 4 or 8 to quantize the output head (and the embedding tied to it), 16 to leave it.
         num_samples, seq_len: size of the calibration set.
         seed: of calibration and of the random control.
@@ -135,8 +137,8 @@ class Recipe:
             raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
         if self.labels not in LABELS:
             raise RecipeError(f"--labels {self.labels}: choose one of {', '.join(LABELS)}")
-        if self.compute not in COMPUTE_DTYPES:
-            raise RecipeError(f"--compute {self.compute}: choose one of {', '.join(COMPUTE_DTYPES)}")
+        if self.compute not in (known := (*COMPUTE_DTYPES, "auto")):
+            raise RecipeError(f"--compute {self.compute}: choose one of {', '.join(known)}")
         for flag, value in (
             ("--nodes", self.nodes),
             ("--num-samples", self.num_samples),
@@ -175,6 +177,10 @@ class Recipe:
     def has_target(self) -> bool:
         """Whether a size is given and precisions are chosen."""
         return self.target_bpw is not None or self.target_size is not None
+
+    def on(self, device: torch.device) -> "Recipe":
+        """The recipe with what depends on the device decided."""
+        return replace(self, compute=fastest_compute(device)) if self.compute == "auto" else self
 
     def make_base(self, precision: Precision | None = None) -> Base:
         """The base, at another precision than the recipe's if one is given."""

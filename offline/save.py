@@ -50,6 +50,7 @@ def convert_and_save(
         CalibrationError: the calibration text is missing or too short.
         OSError: ``folder`` cannot be written.
     """
+    recipe = recipe.on(lm.device)  # what is kept says what was done
     conversion, calibration = convert_on(lm, recipe, dataset, cache=cache, low_memory=low_memory)
     config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
     return config, conversion

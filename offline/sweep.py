@@ -3,7 +3,7 @@
 Runs are named and written in TOML; a table ``[all]`` holds what they share::
 
     [all]
-    compute = "bfloat16"
+    compute = "auto"
     num_samples = 64
 
     [runs.gptq-3]
@@ -160,6 +160,7 @@ class Sweep:
     ) -> dict[str, Any]:
         started = time.monotonic()
         lm = load_causal_lm(self.source, device=self.device)
+        recipe = recipe.on(lm.device)
         conversion, calibration = convert_on(lm, recipe, self.calibration, cache=self.cache, low_memory=self.low_memory)
         seconds = time.monotonic() - started
         if self.checkpoints is not None:

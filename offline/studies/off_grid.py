@@ -17,7 +17,7 @@ import typer
 
 from vllm_requant.offline.calibration import load_calibration
 from vllm_requant.offline.losses import divergence
-from vllm_requant.offline.models import find_layers, load_causal_lm
+from vllm_requant.offline.models import computing_in, find_layers, load_causal_lm
 from vllm_requant.offline.progress import track
 
 __all__ = ["main"]
@@ -32,7 +32,8 @@ def main(
     calibration_dataset: Annotated[str, typer.Option(help="Text to heal on, as for requant convert.")],
     block: Annotated[int, typer.Option(help="Weights that share a grid in the low-bit file.")] = 32,
     bits: Annotated[int, typer.Option(help="Width of its codes.")] = 4,
-    steps: Annotated[int, typer.Option(help="Sequences of 512 tokens to train on.")] = 240,
+    steps: Annotated[int, typer.Option(help="Sequences of 512 tokens to train on.")] = 120,
+    compute: Annotated[str, typer.Option(help="As for requant convert.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the noise and the text.")] = 0,
 ) -> None:
     """Take the weights off their grid."""
@@ -57,7 +58,7 @@ def main(
     def predictions(row: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.data = weight
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with computing_in(compute, torch.device("cpu")):
             logits: torch.Tensor = lm.model(row[None]).logits[0]
         return logits
 

@@ -98,3 +98,12 @@ def test_mistakes_are_named(tmp_path: Path, before: str, after: str, message: st
     path.write_text(RUNS.replace(before, after))
     with pytest.raises(RecipeError, match=message):
         read_runs(path)
+
+
+def test_the_faster_precision_is_taken_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, expected in (({"avx512_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda native=native: native)
+        sweep = _sweep(tmp_path, '[all]\nnum_samples = 2\nseq_len = 24\n[runs.rtn]\nbase = "rtn"\ncompute = "auto"')
+        row = next(replace(sweep, output=tmp_path / f"{expected}.jsonl").run())
+        assert row["choices"]["compute"] == "auto"
+        assert row["recipe"]["compute"] == expected

@@ -84,7 +84,7 @@ def command(
         typer.Option(help="Sequences set apart for losses and path integrals; 0: all serve everything [a quarter]."),
     ] = None,
     compute: Annotated[
-        str, typer.Option(help="Precision of the gradients: float32, or bfloat16 (faster).")
+        str, typer.Option(help="Precision of the gradients: float32; bfloat16; auto: the faster on the device.")
     ] = "float32",
     dtype: Annotated[str, typer.Option(help="Type of unquantized tensors: auto, bfloat16, float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
