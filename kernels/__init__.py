@@ -13,10 +13,10 @@ from torch import Tensor
 from . import cpu
 from .bitstream import unpack_codes
 from .native import NativeCodeError
-from .ops import FUSED_BATCH
+from .ops import planes_for
 from .reference import signs
 
-__all__ = ["FUSED_BATCH", "NativeCodeError", "embedding", "kernel_path", "linear", "repack"]
+__all__ = ["NativeCodeError", "embedding", "kernel_path", "linear", "repack"]
 
 _DENSE = {
     "uniform": ("qweight", "scales", "qzeros"),
@@ -55,13 +55,11 @@ def repack(
         device: where :func:`linear` will run.
 
     Returns:
-        Contiguous tensors that share no memory with the input, under the same names as the canonical ones.
-        The set of names depends on ``kind`` alone: without a sparse part the sparse tensors are empty.
-
-        On the CPU ``qweight`` is a flat uint8 tensor in the layout of cpu/kernels.h and ``qzeros`` holds a
-        zero point a byte, ``[out_features, groups]``. On other devices both are the canonical ones, and so is a
-        trellis on every device; its signs become float32 with the factor of the Hadamard transform. On every
-        device uint16 ``sparse_indices`` become the int16 of the same bits: torch computes little on uint16.
+        Contiguous tensors that share no memory with the input. On the CPU one, ``packed``: uint8, a header and what
+        the kernels read (cpu/kernels.h). On other devices the canonical tensors under their own names, which depend
+        on ``kind`` alone: without a sparse part the sparse ones are empty. Signs become float32 with the factor of
+        the Hadamard transform, and uint16 ``sparse_indices`` the int16 of the same bits: torch computes little on
+        uint16.
 
     Raises:
         ValueError: unknown kind, or a tensor is missing.
@@ -72,10 +70,12 @@ def repack(
     if missing:
         raise ValueError(f"a {kind} layer needs {', '.join(missing)}")
     device = torch.device(device)
-    first = tensors["qweight"].device
 
     def copied(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+    if device.type == "cpu":
+        return {"packed": _pack(kind, tensors, bits, group_size, state_bits, in_features)}
 
     packed: dict[str, Tensor] = {}
     for name in names:
@@ -84,46 +84,79 @@ def repack(
             packed[name] = torch.empty(0, dtype=dtype, device=device)
         elif name == "sparse_indices" and tensors[name].dtype == torch.uint16:
             packed[name] = copied(tensors[name].view(torch.int16))
-        elif kind == "trellis" and name.startswith("signs"):
-            # features come in blocks of at least 16, so there are no pad bits
-            features = 8 * tensors[name].numel()
-            block = features // tensors["scales"].shape[0 if name == "signs_out" else 1]
-            packed[name] = copied(signs(tensors[name], features) * block**-0.5)
+        elif name.startswith("signs"):
+            packed[name] = copied(_scaled_signs(name, tensors))
         elif kind == "trellis":
             packed[name] = copied(tensors[name])
-        elif device.type == "cpu" and name == "qweight":
-            source = tensors[name].cpu() if first.type != "cpu" else tensors[name]
-            packed[name] = cpu.repack_codes(source, bits=bits, in_features=in_features)
-        elif device.type == "cpu" and name == "qzeros":
-            packed[name] = copied(unpack_codes(tensors[name], bits, tensors["scales"].shape[1]))
         else:
             packed[name] = copied(tensors[name])
     return packed
 
 
-def linear(
-    kind: str, x: Tensor, weights: Mapping[str, Tensor], *, bits: int, group_size: int = 0, state_bits: int = 0
+def _pack(
+    kind: str, tensors: Mapping[str, Tensor], bits: int, group_size: int, state_bits: int, in_features: int
 ) -> Tensor:
-    """``x · (dense + sparse)ᵀ``, accumulated in float32.
+    here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    sparse = None
+    if here.get("sparse_values", torch.empty(0)).numel():
+        sparse = (here["sparse_indptr"], here["sparse_indices"], here["sparse_values"])
+    if kind == "trellis":
+        ends = (_scaled_signs("signs_in", here), _scaled_signs("signs_out", here))
+        return cpu.pack_trellis(here["qweight"], here["scales"], *ends, sparse, bits=bits, state_bits=state_bits)
+    scales = here["scales" if kind == "uniform" else "lookup_table"]
+    zeros = unpack_codes(here["qzeros"], bits, scales.shape[1]).contiguous() if kind == "uniform" else None
+    settings = {"bits": bits, "group_size": group_size, "in_features": in_features}
+    return cpu.pack(kind, here["qweight"], scales, zeros, sparse, **settings)
 
-    On the CPU batches of up to :data:`FUSED_BATCH` rows are multiplied with exact float32 weights, and
-    a row has the same result in every such batch. Larger batches go through torch's matrix product, with
-    weights rounded to bfloat16 if ``x`` is bfloat16, else with float32 weights.
+
+def _scaled_signs(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Signs of a trellis with the factor of the Hadamard transform; features come in blocks of at least 16."""
+    features = 8 * tensors[name].numel()
+    block = features // tensors["scales"].shape[0 if name == "signs_out" else 1]
+    scaled: Tensor = signs(tensors[name], features) * block**-0.5
+    return scaled
+
+
+def linear(
+    kind: str,
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    out_features: int,
+    bits: int,
+    group_size: int = 0,
+    state_bits: int = 0,
+    activation_bits: int = 16,
+) -> Tensor:
+    """``x · (dense + sparse)ᵀ``.
+
+    The CPU multiplies integers: weights as they are stored (the entries of a table with 14 bits against the largest of
+    their row, 21 if ``x`` is float32), activations with 16 bits against the largest of 64 neighbours, 24 if ``x`` is
+    float32; sums are exact within these 64, then float32. A row has the same result in every batch. Where torch is
+    faster, batches above ``cpu.SMALL_BATCH`` go through its matrix product of dequantized weights, rounded to bfloat16
+    if ``x`` is bfloat16. Other devices multiply float32 weights.
 
     Args:
         x: ``[..., in_features]``, float32, bfloat16 or float16, on the device of the weights.
         weights: what :func:`repack` returned.
+        out_features: rows of the weight.
         bits, group_size, state_bits: as given to :func:`repack`.
+        activation_bits: 16, or 8 for the CPU to multiply shorter integers; no other device, and neither float32 inputs
+            nor trellis weights, take notice.
 
     Returns:
         ``[..., out_features]`` of ``x.dtype``.
 
     Raises:
-        ValueError: unknown kind, or the weight has other dimensions.
+        ValueError: unknown kind, or another number of bits.
         TypeError: ``x`` has another dtype.
-        NativeCodeError: the native kernels are not built (CPU only).
+        RuntimeError: the weight has other dimensions.
     """
-    tensors = [weights[name] for name in _names(kind)]
+    names = _names(kind)
+    if "packed" in weights:
+        planes = planes_for(x.dtype, activation_bits)
+        return torch.ops.requant.packed_linear(x, weights["packed"], out_features, planes)  # type: ignore[no-any-return]
+    tensors = [weights[name] for name in names]
     if kind == "uniform":
         return torch.ops.requant.uniform_linear(x, *tensors, bits, group_size)  # type: ignore[no-any-return]
     if kind == "lut":
@@ -156,13 +189,19 @@ def embedding(
         IndexError: an id lies outside (on the CPU).
         ValueError, TypeError, NativeCodeError: as in :func:`linear`.
     """
-    tensors = [weights[name] for name in _names(kind)]
+    names = _names(kind)
+    if kind == "trellis":
+        raise ValueError(f"no rows can be looked up in {kind} weights")
+    if "packed" in weights:
+        planes_for(dtype)
+        return torch.ops.requant.packed_embedding(  # type: ignore[no-any-return]
+            ids, weights["packed"], in_features, dtype
+        )
+    tensors = [weights[name] for name in names]
     if kind == "uniform":
         return torch.ops.requant.uniform_embedding(  # type: ignore[no-any-return]
             ids, *tensors, bits, group_size, in_features, dtype
         )
-    if kind != "lut":
-        raise ValueError(f"no rows can be looked up in {kind} weights")
     return torch.ops.requant.lut_embedding(ids, *tensors, bits, in_features, dtype)  # type: ignore[no-any-return]
 
 

@@ -1,9 +1,13 @@
-"""The torch ops ``requant::{uniform,lut,trellis}_linear`` and ``requant::{uniform,lut}_embedding``.
+"""The torch ops ``requant::{uniform,lut,trellis}_linear``, ``requant::{uniform,lut}_embedding``, and on the CPU
+``requant::packed_linear`` and ``requant::packed_embedding``.
 
 They are opaque to torch.compile. An op takes the run-time tensors that :func:`vllm_requant.kernels.repack` made for
-the device of ``x``. Which code runs for which batch size is decided inside the op, because vLLM traces a model once
-with a symbolic batch size. On the CPU the native kernels run; elsewhere the tensors are the canonical ones and plain
-torch runs, without a synchronisation with the host.
+the device of ``x``: on the CPU one block of memory for any kind, elsewhere the canonical tensors, on which plain torch
+computes without a synchronisation with the host. Which code runs for which batch size is decided inside the op, because
+vLLM traces a model once with a symbolic batch size.
+
+``packed_linear`` is native (cpu/torch_ops.cpp). What it does not do itself, large batches and strided inputs, it hands
+to ``packed_linear_any``.
 """
 
 import torch
@@ -12,10 +16,7 @@ from torch.library import Library
 
 from . import cpu, reference
 
-__all__ = ["FUSED_BATCH", "add_sparse_", "dequantize"]
-
-FUSED_BATCH = 16
-"""Largest batch for which the CPU multiplies codes; above it torch multiplies dequantized panels."""
+__all__ = ["add_sparse_", "dequantize", "planes_for"]
 
 PANEL_BYTES = 4 << 20
 """Size of a dequantized panel: it should stay in the cache between being written and being multiplied."""
@@ -32,177 +33,72 @@ _SCHEMAS = {
     "lut_embedding": f"(Tensor ids, Tensor qweight, Tensor lookup_table, {_SPARSE}, "
     "int bits, int in_features, ScalarType dtype) -> Tensor",
 }
+_PACKED_SCHEMAS = {
+    "packed_linear": "(Tensor x, Tensor packed, int out_features, int planes) -> Tensor",
+    "packed_linear_any": "(Tensor x, Tensor packed, int out_features, int planes) -> Tensor",
+    "packed_embedding": "(Tensor ids, Tensor packed, int in_features, ScalarType dtype) -> Tensor",
+}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # ---- CPU ---------------------------------------------------------------------------------------------------
 
 
-def _check_cpu(weights: cpu.Weights, dtype: torch.dtype, bits: int, group_size: int, in_features: int) -> None:
-    """Refuse what would make a kernel read outside a tensor."""
+def planes_for(dtype: torch.dtype, activation_bits: int = 16) -> int:
+    """Bytes of an activation in integer products: those bits for 16-bit types; 24 hold a float32 as its sums do.
+
+    Raises:
+        TypeError: the kernels do not compute in that type.
+        ValueError: neither 8 nor 16 bits.
+    """
     if dtype not in _FLOATS:
         raise TypeError(f"the kernels compute in float32, bfloat16 or float16, not {dtype}")
-    rows = weights[1].shape[0]
-    columns = 1 << bits if group_size == 0 else -(-in_features // group_size)
-    expected = rows * cpu.row_bytes(bits, in_features) + cpu.CODE_SLACK
-    if weights[0].numel() != expected or weights[1].shape[1] != columns:
-        raise ValueError(f"the weight does not have {in_features} input features, {bits} bits, group {group_size}")
-    for tensor in weights:
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError("run-time tensors must be contiguous")
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits is {activation_bits}, must be 8 or 16")
+    return 3 if dtype == torch.float32 else activation_bits // 8
 
 
-def _linear_cpu(kind: str, x: Tensor, weights: cpu.Weights, bits: int, group_size: int) -> Tensor:
-    in_features, out_features = x.shape[-1], weights[1].shape[0]
-    _check_cpu(weights, x.dtype, bits, group_size, in_features)
-    flat = x.reshape(-1, in_features).contiguous()
-    if flat.shape[0] <= FUSED_BATCH:
-        y = cpu.linear(kind, flat, weights, bits=bits, group_size=group_size)
+def _packed_linear_any(x: Tensor, packed: Tensor, out_features: int, planes: int) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.shape[0] <= cpu.fused_batch(packed, planes):
+        y = cpu.linear(flat, packed, out_features=out_features, planes=planes)
+    elif cpu.is_trellis(packed):
+        y = _trellis_by_panels(flat, packed, out_features)
     else:
-        y = _linear_by_panels(kind, flat, weights, bits, group_size)
+        y = _linear_by_panels(flat, packed, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _linear_by_panels(kind: str, x: Tensor, weights: cpu.Weights, bits: int, group_size: int) -> Tensor:
+def _linear_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     # weights may leave float16's range (15 steps of a large scale), bfloat16's they cannot
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    wide = x.to(dtype)
-    out_features, in_features = weights[1].shape[0], x.shape[1]
+    wide, in_features = x.to(dtype), x.shape[1]
     panel = max(64, PANEL_BYTES // (in_features * dtype.itemsize) // 64 * 64)
     buffer = torch.empty(min(panel, out_features), in_features, dtype=dtype)
     y = torch.empty(x.shape[0], out_features, dtype=dtype)
     for first in range(0, out_features, panel):
-        rows = buffer[: out_features - first]
-        cpu.dequantize(kind, weights, rows, bits=bits, group_size=group_size, first=first)
+        rows = cpu.dequantize(packed, buffer[: out_features - first], first=first)
         torch.mm(wide, rows.t(), out=y[:, first : first + panel])
     return y.to(x.dtype)
 
 
-def _trellis_linear_cpu(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    signs_in: Tensor,
-    signs_out: Tensor,
-    sparse_indptr: Tensor,
-    sparse_indices: Tensor,
-    sparse_values: Tensor,
-    bits: int,
-    state_bits: int,
-) -> Tensor:
-    sparse = (sparse_indptr, sparse_indices, sparse_values)
-    weights = cpu.TrellisWeights(qweight, scales, signs_in, signs_out, *sparse, bits, state_bits)
-    _check_trellis(weights, x)
-    flat = x.reshape(-1, x.shape[-1]).float().contiguous()
-    y = (
-        cpu.trellis_linear(flat, weights)
-        if flat.shape[0] <= FUSED_BATCH
-        else _trellis_by_panels(flat, weights, x.dtype)
-    )
-    return y.to(x.dtype).view(*x.shape[:-1], weights.out_features)
-
-
-def _check_trellis(weights: cpu.TrellisWeights, x: Tensor) -> None:
-    """Refuse what would make a kernel read outside a tensor."""
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"the kernels compute in float32, bfloat16 or float16, not {x.dtype}")
-    blocks, tiles, size = weights.qweight.shape
-    if x.shape[-1] != weights.in_features or size != 16 * weights.bits or blocks != weights.scales.shape[0]:
-        raise ValueError(f"the weight does not have {x.shape[-1]} input features and {weights.bits} bits")
-    if tiles * reference.TILE != weights.in_features * weights.block_out:
-        raise ValueError("the tiles of the weight do not cover it")
-
-
-def _trellis_by_panels(x: Tensor, weights: cpu.TrellisWeights, dtype: torch.dtype) -> Tensor:
-    narrow = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    rotated = cpu.trellis_rotate(x.clone(), weights.signs_in, weights.block_in).to(narrow)
-    rows, columns = weights.out_features, weights.in_features
+def _trellis_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    wide, columns = x.float(), x.shape[1]
+    rotated = cpu.trellis_rotate(wide.clone(), packed).to(dtype)
     panel = max(128, PANEL_BYTES // (columns * 4) // 128 * 128)
-    buffer = torch.empty(min(panel, rows), columns)
-    y = torch.empty(x.shape[0], rows)
-    for first in range(0, rows, panel):
-        part = cpu.trellis_dequantize(weights, buffer[: rows - first], first)
-        y[:, first : first + panel] = rotated @ part.to(narrow).t()
-    y = cpu.trellis_rotate(y, weights.signs_out, weights.block_out, signs_last=True)
-    if weights.values.numel():
-        cpu.add_sparse_product(y, x, weights)
-    return y
+    buffer = torch.empty(min(panel, out_features), columns)
+    y = torch.empty(x.shape[0], out_features)
+    for first in range(0, out_features, panel):
+        part = cpu.trellis_dequantize(packed, buffer[: out_features - first], first)
+        y[:, first : first + panel] = rotated @ part.to(dtype).t()
+    return cpu.trellis_rotate_back(y, wide, packed).to(x.dtype)
 
 
-def _embedding_cpu(
-    kind: str,
-    ids: Tensor,
-    weights: cpu.Weights,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    _check_cpu(weights, dtype, bits, group_size, in_features)
+def _packed_embedding(ids: Tensor, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     out = torch.empty(flat.numel(), in_features, dtype=dtype)
-    cpu.dequantize(kind, weights, out, bits=bits, group_size=group_size, ids=flat)
-    return out.view(*ids.shape, in_features)
-
-
-def _uniform_linear_cpu(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    qzeros: Tensor,
-    sparse_indptr: Tensor,
-    sparse_indices: Tensor,
-    sparse_values: Tensor,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    weights = (qweight, scales, qzeros, sparse_indptr, sparse_indices, sparse_values)
-    return _linear_cpu("uniform", x, weights, bits, group_size)
-
-
-def _lut_linear_cpu(
-    x: Tensor,
-    qweight: Tensor,
-    lookup_table: Tensor,
-    sparse_indptr: Tensor,
-    sparse_indices: Tensor,
-    sparse_values: Tensor,
-    bits: int,
-) -> Tensor:
-    weights = (qweight, lookup_table, None, sparse_indptr, sparse_indices, sparse_values)
-    return _linear_cpu("lut", x, weights, bits, 0)
-
-
-def _uniform_embedding_cpu(
-    ids: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    qzeros: Tensor,
-    sparse_indptr: Tensor,
-    sparse_indices: Tensor,
-    sparse_values: Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    weights = (qweight, scales, qzeros, sparse_indptr, sparse_indices, sparse_values)
-    return _embedding_cpu("uniform", ids, weights, bits, group_size, in_features, dtype)
-
-
-def _lut_embedding_cpu(
-    ids: Tensor,
-    qweight: Tensor,
-    lookup_table: Tensor,
-    sparse_indptr: Tensor,
-    sparse_indices: Tensor,
-    sparse_values: Tensor,
-    bits: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    weights = (qweight, lookup_table, None, sparse_indptr, sparse_indices, sparse_values)
-    return _embedding_cpu("lut", ids, weights, bits, 0, in_features, dtype)
+    return cpu.dequantize(packed, out, ids=flat).view(*ids.shape, in_features)
 
 
 # ---- any other device: canonical tensors, plain torch ------------------------------------------------------
@@ -352,21 +248,31 @@ def _embedding_fake(ids: Tensor, *rest: object) -> Tensor:
     return ids.new_empty(*ids.shape, in_features, dtype=dtype)
 
 
+def _packed_linear_fake(x: Tensor, packed: Tensor, out_features: int, planes: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
 # ---- registration ------------------------------------------------------------------------------------------
 
 if not hasattr(torch.ops.requant, "uniform_linear"):
     _library = Library("requant", "FRAGMENT")
-    for _name, _on_cpu, _elsewhere, _fake in (
-        ("uniform_linear", _uniform_linear_cpu, _uniform_linear_torch, _linear_fake),
-        ("lut_linear", _lut_linear_cpu, _lut_linear_torch, _linear_fake),
-        ("trellis_linear", _trellis_linear_cpu, _trellis_linear_torch, _trellis_linear_fake),
-        ("uniform_embedding", _uniform_embedding_cpu, _uniform_embedding_torch, _embedding_fake),
-        ("lut_embedding", _lut_embedding_cpu, _lut_embedding_torch, _embedding_fake),
+    for _name, _elsewhere, _fake in (
+        ("uniform_linear", _uniform_linear_torch, _linear_fake),
+        ("lut_linear", _lut_linear_torch, _linear_fake),
+        ("trellis_linear", _trellis_linear_torch, _trellis_linear_fake),
+        ("uniform_embedding", _uniform_embedding_torch, _embedding_fake),
+        ("lut_embedding", _lut_embedding_torch, _embedding_fake),
     ):
         _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(_name, _on_cpu, "CPU")
         _library.impl(_name, _elsewhere, "CompositeExplicitAutograd")
         torch.library.register_fake(f"requant::{_name}", _fake, lib=_library)
+    for _name, _schema in _PACKED_SCHEMAS.items():
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake("requant::packed_linear", _packed_linear_fake, lib=_library)
+    torch.library.register_fake("requant::packed_linear_any", _packed_linear_fake, lib=_library)
+    torch.library.register_fake("requant::packed_embedding", _embedding_fake, lib=_library)
+    _library.impl("packed_linear_any", _packed_linear_any, "CPU")
+    _library.impl("packed_embedding", _packed_embedding, "CPU")
     # The registrations live as long as the object. A second import, also of this folder under the name
     # `kernels`, which the root of the checkout offers, finds the ops and must find them alive.
     setattr(torch.ops.requant, "registrations", _library)  # noqa: B010 (a namespace made at run time)

@@ -107,7 +107,7 @@ def measure(shape: tuple[int, int], budget: float, bandwidth: float) -> Iterator
         ]
 
         for batch, x in inputs.items():
-            took = _time_linear(kind, x, layers, bits, group_size, budget)
+            took = _time_linear(kind, x, layers, rows, bits, group_size, budget)
             yield {
                 "out_features": rows,
                 "in_features": columns,
@@ -126,9 +126,10 @@ def measure(shape: tuple[int, int], budget: float, bandwidth: float) -> Iterator
 
 
 def _time_linear(
-    kind: str, x: Tensor, layers: list[dict[str, Tensor]], bits: int, group_size: int, budget: float
+    kind: str, x: Tensor, layers: list[dict[str, Tensor]], rows: int, bits: int, group_size: int, budget: float
 ) -> float:
-    return seconds(lambda i: linear(kind, x, layers[i % len(layers)], bits=bits, group_size=group_size), budget)
+    settings = {"out_features": rows, "bits": bits, "group_size": group_size}
+    return seconds(lambda i: linear(kind, x, layers[i % len(layers)], **settings), budget)
 
 
 def _copies(nbytes: int) -> int:

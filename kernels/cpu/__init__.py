@@ -1,14 +1,13 @@
 """The native CPU kernels: loading the shared object and calling its C ABI on tensors.
 
-Assumes what :mod:`vllm_requant.kernels.ops` has checked: contiguous CPU tensors of matching shapes. The
-shared object is loaded at first use. ``REQUANT_CPU_ISA`` (``scalar``, ``avx2`` or ``avx512``), read then, caps
-the instruction set.
+Assumes contiguous CPU tensors; shapes are held against the header of the packed weight. The shared object is loaded at
+first use, and then registers the native op with torch. ``REQUANT_CPU_ISA`` (``scalar``, ``avx2`` or ``avx512``, which
+is AVX-512 with VNNI), read then, caps the instruction set.
 """
 
 import ctypes
 import functools
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,72 +17,69 @@ from ..native import HOW_TO_BUILD, NativeCodeError, open_library
 
 __all__ = [
     "ISA_NAMES",
-    "TrellisWeights",
-    "Weights",
-    "add_sparse_product",
+    "SMALL_BATCH",
     "dequantize",
+    "fused_batch",
+    "is_trellis",
     "isa",
     "library",
     "linear",
-    "repack_codes",
+    "pack",
+    "pack_trellis",
     "trellis_dequantize",
-    "trellis_linear",
     "trellis_rotate",
+    "trellis_rotate_back",
 ]
 
 ISA_NAMES = ("scalar", "avx2", "avx512")
-CODE_SLACK = 128
-"""Bytes behind the last row of codes that a kernel may read (CODE_SLACK in kernels.h)."""
+SMALL_BATCH = 16
+"""Largest batch that is multiplied from codes where torch's product of dequantized panels is faster for larger ones."""
 
+_UNLIMITED = (1 << 63) - 1
 _KINDS = {"uniform": 0, "lut": 1}
+_TRELLIS = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES = {-1: ValueError, -2: MemoryError, -3: IndexError}
 _REASONS = {
-    -1: "bits, group_size or shape is none that the CPU kernels know",
+    -1: "the weight does not have these features, or its bits, group_size or shape are none that the kernels know",
     -2: "not enough memory",
     -3: "a row lies outside the weight",
 }
 
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
-"""Run-time codes, scales or tables, zero points, and indptr, indices, values of the sparse part."""
+Sparse = tuple[Tensor, Tensor, Tensor] | None
+"""indptr, indices, values of the sparse part, canonical."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded shared object with its argument types set.
+    """The loaded shared object with its argument types set and its op registered.
 
     Raises:
         NativeCodeError: it is missing or does not load; the message says how to build it.
         ValueError: ``REQUANT_CPU_ISA`` names no instruction set.
     """
     native = open_library(Path(__file__).parent, "_kernels")
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    sparse, packed = (pointer, pointer, number, pointer), (pointer, size)
+    signatures = {
+        "requant_isa": (number, ()),
+        "requant_set_isa": (number, (number,)),
+        "requant_pack": (size, (number, number, size, size, size, *(4 * (pointer,)), *sparse, pointer)),
+        "requant_pack_trellis": (size, (number, number, *(4 * (size,)), *(4 * (pointer,)), *sparse, pointer)),
+        "requant_kind": (number, packed),
+        "requant_linear": (number, (*packed, size, size, number, number, size, pointer, pointer)),
+        "requant_dequantize": (number, (*packed, size, number, pointer, size, size, pointer)),
+        "requant_trellis_dequantize": (number, (*packed, size, size, size, pointer)),
+        "requant_trellis_rotate": (number, (*packed, size, pointer, pointer, number)),
+        "requant_read": (ctypes.c_uint64, (pointer, size, number)),
+        "requant_register_ops": (number, (pointer,)),
+        "requant_set_fused_batch": (None, (size, size)),
+        "requant_fused_batch": (size, (*packed, number)),
+    }
     try:
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        weights = (number, number, size, size, size, *(5 * (pointer,)), number, pointer)
-        native.requant_isa.argtypes = []
-        native.requant_set_isa.argtypes = [number]
-        native.requant_codes_bytes.argtypes = [number, size, size]
-        native.requant_codes_bytes.restype = size
-        native.requant_repack_codes.argtypes = [number, size, size, pointer, pointer]
-        native.requant_linear.argtypes = (*weights, number, size, pointer, pointer)
-        native.requant_dequantize.argtypes = (*weights, number, pointer, size, size, pointer)
-        trellis = (number, number, size, size, size, size, pointer, pointer)
-        native.requant_trellis_rotate.argtypes = [size, size, size, pointer, number, pointer]
-        native.requant_trellis_linear.argtypes = [*trellis, *(4 * (pointer,)), number, pointer, size, pointer, pointer]
-        native.requant_trellis_dequantize.argtypes = [*trellis, size, size, pointer]
-        native.requant_add_sparse_product.argtypes = [
-            size,
-            size,
-            pointer,
-            pointer,
-            number,
-            pointer,
-            size,
-            pointer,
-            pointer,
-        ]
-        native.requant_read.argtypes = [pointer, size, number]
-        native.requant_read.restype = ctypes.c_uint64
+        for name, (result, arguments) in signatures.items():
+            function = getattr(native, name)
+            function.restype, function.argtypes = result, list(arguments)
     except AttributeError as error:
         raise NativeCodeError(f"the built CPU kernels are of another version ({error}): {HOW_TO_BUILD}") from error
     cap = os.environ.get("REQUANT_CPU_ISA")
@@ -91,7 +87,17 @@ def library() -> ctypes.CDLL:
         if cap not in ISA_NAMES:
             raise ValueError(f"REQUANT_CPU_ISA is {cap!r}, must be one of {', '.join(ISA_NAMES)}")
         native.requant_set_isa(ISA_NAMES.index(cap))
+    native.requant_set_fused_batch(_fused_batch(), SMALL_BATCH)
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    if native.requant_register_ops(torch_cpu._handle):
+        raise NativeCodeError(f"torch {torch.__version__} lacks the stable C interface that the CPU kernels use")
     return native
+
+
+def _fused_batch() -> int:
+    """Integer products beat torch's in float32; not those that a processor with bfloat16 instructions makes."""
+    found = torch.cpu.get_capabilities()
+    return SMALL_BATCH if found.get("amx_bf16") or found.get("avx512_bf16") else _UNLIMITED
 
 
 def isa() -> str:
@@ -99,81 +105,124 @@ def isa() -> str:
     return ISA_NAMES[library().requant_isa()]
 
 
-def _check(status: int) -> None:
-    if status:
+def _check(status: int) -> int:
+    if status < 0:
         raise _FAILURES[status](_REASONS[status])
+    return status
 
 
-def row_bytes(bits: int, in_features: int) -> int:
-    """Bytes of one row of run-time codes."""
-    if bits == 8:
-        return in_features
-    # every segment (kernels.h) starts on a whole group of eight codes
-    return (in_features + 7) // 8 * bits
+def _sparse_arguments(sparse: Sparse) -> tuple[int | None, int | None, int, int | None]:
+    if sparse is None:
+        return None, None, 0, None
+    indptr, indices, values = sparse
+    return indptr.data_ptr(), indices.data_ptr(), int(indices.dtype == torch.int32), values.data_ptr()
 
 
-def repack_codes(qweight: Tensor, *, bits: int, in_features: int) -> Tensor:
-    """Canonical row bit streams to the run-time layout of kernels.h.
+def pack(
+    kind: str,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    sparse: Sparse,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """One block of memory with all that a product needs, in the layout of kernels.h.
 
     Args:
-        qweight: uint8 ``[out_features, ceil(in_features · bits / 8)]`` on the CPU.
+        kind: ``"uniform"`` or ``"lut"``.
+        qweight: uint8 ``[out_features, ceil(in_features · bits / 8)]``, row bit streams.
+        scales: float16 ``[out_features, groups]``, or tables ``[out_features, 2**bits]``.
+        zeros: uint8 ``[out_features, groups]``; None for tables.
 
     Returns:
-        uint8 ``[out_features · row_bytes + CODE_SLACK]``.
+        uint8, one dimension.
     """
-    native, rows = library(), qweight.shape[0]
-    source = qweight.contiguous()
-    out = torch.empty(native.requant_codes_bytes(bits, rows, in_features), dtype=torch.uint8)
-    _check(native.requant_repack_codes(bits, rows, in_features, source.data_ptr(), out.data_ptr()))
-    return out
-
-
-def _arguments(kind: str, weights: Weights, bits: int, group_size: int, in_features: int) -> tuple[int | None, ...]:
-    codes, scales, zeros, indptr, indices, values = weights
-    return (
+    tables = scales.float() if kind == "lut" else None
+    arguments = (
         _KINDS[kind],
         bits,
         group_size,
         scales.shape[0],
         in_features,
-        codes.data_ptr(),
+        qweight.data_ptr(),
         scales.data_ptr(),
+        None if tables is None else tables.data_ptr(),
         None if zeros is None else zeros.data_ptr(),
-        # an empty tensor has no address: the kernels take that for "no sparse part"
-        indptr.data_ptr() or None,
-        indices.data_ptr() or None,
-        int(indices.dtype == torch.int32),
-        values.data_ptr() or None,
+        *_sparse_arguments(sparse),
     )
+    return _packed(library().requant_pack, arguments)
 
 
-def linear(kind: str, x: Tensor, weights: Weights, *, bits: int, group_size: int) -> Tensor:
-    """``x · (dense + sparse)ᵀ`` for a small batch, sums in float32.
+def pack_trellis(
+    qweight: Tensor,
+    scales: Tensor,
+    signs_in: Tensor,
+    signs_out: Tensor,
+    sparse: Sparse,
+    *,
+    bits: int,
+    state_bits: int,
+) -> Tensor:
+    """The same for the trellis kind.
+
+    Args:
+        qweight: uint8 ``[row blocks, tiles, 16 · bits]``.
+        scales: float16 ``[row blocks, column blocks]``.
+        signs_in, signs_out: float32, ±(block size)^−1/2 of every feature.
+    """
+    rows, columns = signs_out.numel(), signs_in.numel()
+    arguments = (
+        bits,
+        state_bits,
+        rows,
+        columns,
+        rows // scales.shape[0],
+        columns // scales.shape[1],
+        *(tensor.data_ptr() for tensor in (qweight, scales, signs_in, signs_out)),
+        *_sparse_arguments(sparse),
+    )
+    return _packed(library().requant_pack_trellis, arguments)
+
+
+def _packed(function: "ctypes._FuncPointer", arguments: tuple[int | None, ...]) -> Tensor:
+    out = torch.empty(_check(function(*arguments, None)), dtype=torch.uint8)
+    _check(function(*arguments, out.data_ptr()))
+    return out
+
+
+def is_trellis(packed: Tensor) -> bool:
+    """Whether a packed weight is of the trellis kind."""
+    return _check(library().requant_kind(packed.data_ptr(), packed.numel())) == _TRELLIS
+
+
+def fused_batch(packed: Tensor, planes: int) -> int:
+    """Largest batch that is multiplied from the codes of a packed weight."""
+    largest: int = library().requant_fused_batch(packed.data_ptr(), packed.numel(), planes)
+    return _check(largest)
+
+
+def linear(x: Tensor, packed: Tensor, *, out_features: int, planes: int) -> Tensor:
+    """``x · (dense + sparse)ᵀ`` from codes.
 
     Args:
         x: contiguous ``[batch, in_features]``, float32, bfloat16 or float16.
+        planes: bytes of an activation.
 
     Returns:
         ``[batch, out_features]`` of ``x.dtype``.
     """
     batch, in_features = x.shape
-    y = torch.empty(batch, weights[1].shape[0], dtype=x.dtype)
-    arguments = _arguments(kind, weights, bits, group_size, in_features)
-    _check(library().requant_linear(*arguments, _DTYPES[x.dtype], batch, x.data_ptr(), y.data_ptr()))
+    y = torch.empty(batch, out_features, dtype=x.dtype)
+    weight = (packed.data_ptr(), packed.numel(), out_features, in_features)
+    _check(library().requant_linear(*weight, planes, _DTYPES[x.dtype], batch, x.data_ptr(), y.data_ptr()))
     return y
 
 
-def dequantize(
-    kind: str,
-    weights: Weights,
-    out: Tensor,
-    *,
-    bits: int,
-    group_size: int,
-    ids: Tensor | None = None,
-    first: int = 0,
-) -> Tensor:
-    """Write rows of ``dense + sparse`` into ``out`` and return it.
+def dequantize(packed: Tensor, out: Tensor, *, ids: Tensor | None = None, first: int = 0) -> Tensor:
+    """Write rows of ``dense + sparse`` of a uniform or lut weight into ``out`` and return it.
 
     Args:
         out: contiguous ``[count, in_features]``, float32, bfloat16 or float16.
@@ -183,122 +232,33 @@ def dequantize(
         IndexError: a row lies outside the weight.
     """
     count, in_features = out.shape
-    arguments = _arguments(kind, weights, bits, group_size, in_features)
     rows = None if ids is None else ids.data_ptr()
-    _check(library().requant_dequantize(*arguments, _DTYPES[out.dtype], rows, first, count, out.data_ptr()))
+    weight = (packed.data_ptr(), packed.numel(), in_features)
+    _check(library().requant_dequantize(*weight, _DTYPES[out.dtype], rows, first, count, out.data_ptr()))
     return out
 
 
 # ---- the trellis kind ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TrellisWeights:
-    """Run-time tensors of a trellis layer and what follows from their shapes.
-
-    Attributes:
-        qweight: uint8 ``[row blocks, tiles, 16 · bits]``.
-        scales: float16 ``[row blocks, column blocks]``.
-        signs_in, signs_out: float32, ±(block size)^−1/2 of every feature.
-        indptr, indices, values: of the residual, empty without one.
-        bits, state_bits: of the trellis.
-    """
-
-    qweight: Tensor
-    scales: Tensor
-    signs_in: Tensor
-    signs_out: Tensor
-    indptr: Tensor
-    indices: Tensor
-    values: Tensor
-    bits: int
-    state_bits: int
-
-    @property
-    def out_features(self) -> int:
-        return self.signs_out.numel()
-
-    @property
-    def in_features(self) -> int:
-        return self.signs_in.numel()
-
-    @property
-    def block_out(self) -> int:
-        return self.out_features // self.scales.shape[0]
-
-    @property
-    def block_in(self) -> int:
-        return self.in_features // self.scales.shape[1]
-
-    def _arguments(self) -> tuple[int, ...]:
-        return (
-            self.bits,
-            self.state_bits,
-            self.out_features,
-            self.in_features,
-            self.block_out,
-            self.block_in,
-            self.qweight.data_ptr(),
-            self.scales.data_ptr(),
-        )
-
-
-def trellis_linear(x: Tensor, weights: TrellisWeights) -> Tensor:
-    """``x · (dense + sparse)ᵀ`` for a small batch, in float32.
-
-    Args:
-        x: contiguous ``[batch, in_features]``.
-
-    Returns:
-        ``[batch, out_features]``.
-    """
-    y = torch.empty(x.shape[0], weights.out_features)
-    _check(
-        library().requant_trellis_linear(
-            *weights._arguments(),
-            weights.signs_in.data_ptr(),
-            weights.signs_out.data_ptr(),
-            weights.indptr.data_ptr() or None,
-            weights.indices.data_ptr() or None,
-            int(weights.indices.dtype == torch.int32),
-            weights.values.data_ptr() or None,
-            x.shape[0],
-            x.data_ptr(),
-            y.data_ptr(),
-        )
-    )
-    return y
-
-
-def trellis_rotate(x: Tensor, signs: Tensor, block: int, *, signs_last: bool = False) -> Tensor:
-    """Signs and block Hadamard transform of contiguous float32 rows ``[count, features]``, in place; returns ``x``."""
-    status = library().requant_trellis_rotate(*x.shape, block, signs.data_ptr(), int(signs_last), x.data_ptr())
-    _check(status)
+def trellis_rotate(x: Tensor, packed: Tensor) -> Tensor:
+    """Contiguous float32 ``[count, in_features]`` into the coordinates of a trellis, in place; returns ``x``."""
+    _check(library().requant_trellis_rotate(packed.data_ptr(), packed.numel(), len(x), None, x.data_ptr(), 0))
     return x
 
 
-def trellis_dequantize(weights: TrellisWeights, out: Tensor, first: int) -> Tensor:
+def trellis_rotate_back(y: Tensor, x: Tensor, packed: Tensor) -> Tensor:
+    """``y`` ``[count, out_features]`` out of them, in place, plus the residual's product with ``x``; returns ``y``."""
+    weight = (packed.data_ptr(), packed.numel())
+    _check(library().requant_trellis_rotate(*weight, len(y), x.data_ptr(), y.data_ptr(), 1))
+    return y
+
+
+def trellis_dequantize(packed: Tensor, out: Tensor, first: int) -> Tensor:
     """Write rotated weights of the rows from ``first`` on into ``out``, contiguous float32 ``[count, in_features]``.
 
     ``first`` and ``count`` are multiples of the output block.
     """
-    _check(library().requant_trellis_dequantize(*weights._arguments(), first, out.shape[0], out.data_ptr()))
+    weight = (packed.data_ptr(), packed.numel(), out.shape[1])
+    _check(library().requant_trellis_dequantize(*weight, first, out.shape[0], out.data_ptr()))
     return out
-
-
-def add_sparse_product(y: Tensor, x: Tensor, weights: TrellisWeights) -> None:
-    """Add the residual's product to ``y``; float32 ``[batch, out_features]`` and ``[batch, in_features]``."""
-    values = weights.values.float()
-    _check(
-        library().requant_add_sparse_product(
-            weights.out_features,
-            weights.in_features,
-            weights.indptr.data_ptr(),
-            weights.indices.data_ptr(),
-            int(weights.indices.dtype == torch.int32),
-            values.data_ptr(),
-            x.shape[0],
-            x.data_ptr(),
-            y.data_ptr(),
-        )
-    )

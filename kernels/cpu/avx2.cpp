@@ -1,5 +1,4 @@
-// The AVX2 tier (with FMA and F16C). One vector is 8 columns; a segment is read in two halves of 8 lanes. A
-// permutation reaches 8 table entries, so that 4-bit codes take two of them and a blend on the fourth bit.
+// The AVX2 tier (with FMA and F16C).
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -15,43 +14,117 @@
 namespace requant {
 namespace {
 
-template <int BITS>
-struct Coder256;
-
 struct Avx2 {
-    static constexpr int width = 8, row_tile = 2, batch_tile = 2;
-    using vec = __m256;
-    template <int BITS>
-    using Coder = Coder256<BITS>;
+    static constexpr int rows = 2;
+    static constexpr bool splits_bytes = true;  // products of two weights of 8 bits leave 16 bits
+    using Bytes = __m256i;
+    using Ints = __m256i;
+    using Floats = __m256;
+    typedef uint16_t Shorts __attribute__((vector_size(32)));
 
-    // byte j of lane i comes from byte i K / 8 + j
-    template <int K>
-    static REQUANT_INLINE Words windows(const uint8_t* p) {
-        const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        Words out;
-        for (int half = 0; half < 2; ++half) {
-            const __m256i lane = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(8 * half));
-            const __m256i bit = _mm256_mullo_epi32(lane, _mm256_set1_epi32(K));
-            const __m256i first = _mm256_mullo_epi32(_mm256_srli_epi32(bit, 3), _mm256_set1_epi32(0x01010101));
-            const __m256i from = _mm256_add_epi8(first, _mm256_set1_epi32(0x03020100));
-            const __m256i shift = _mm256_and_si256(bit, _mm256_set1_epi32(7));
-            const __m256i words = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, from), shift);
-            __builtin_memcpy(reinterpret_cast<char*>(&out) + 32 * half, &words, 32);
+    static REQUANT_INLINE Shorts shorts(Bytes v) { return Shorts(v); }
+    static REQUANT_INLINE Bytes bytes(Shorts v) { return Bytes(v); }
+    static REQUANT_INLINE Bytes splat_byte(uint8_t v) { return _mm256_set1_epi8(char(v)); }
+    static REQUANT_INLINE Bytes load(const uint8_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static REQUANT_INLINE Bytes repeat(const int8_t* p) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static REQUANT_INLINE Bytes widen(const uint8_t* p) {
+        return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static REQUANT_INLINE Bytes lookup(Bytes table, Bytes code) { return _mm256_shuffle_epi8(table, code); }
+
+    // Two neighbouring products in 16 bits: of 4-bit weights, all steps of a block fit there.
+    template <int MAX>
+    struct Dot {
+        using Sums = __m256i;
+        static REQUANT_INLINE Sums none() { return _mm256_setzero_si256(); }
+        static REQUANT_INLINE Ints pairs(Sums v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
+        static REQUANT_INLINE Sums add(Sums sum, Bytes weight, Bytes x) {
+            static_assert(MAX <= 127, "products would saturate");
+            const __m256i products = _mm256_maddubs_epi16(weight, x);
+            return MAX <= 15 ? _mm256_add_epi16(sum, products) : _mm256_add_epi32(sum, pairs(products));
         }
-        return out;
+        static REQUANT_INLINE Ints of(Sums sum) { return MAX <= 15 ? pairs(sum) : sum; }
+    };
+
+    static REQUANT_INLINE Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+    static REQUANT_INLINE Floats splat(float v) { return _mm256_set1_ps(v); }
+    static REQUANT_INLINE Floats quad(const float* p) {
+        return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    }
+    struct Tile {
+        __m256 half[2];
+    };
+    static REQUANT_INLINE Tile tile_halves(const uint16_t* p) {
+        const __m128i* eight = reinterpret_cast<const __m128i*>(p);
+        return {{_mm256_cvtph_ps(_mm_loadu_si128(eight)), _mm256_cvtph_ps(_mm_loadu_si128(eight + 1))}};
+    }
+    static REQUANT_INLINE Tile tile_bytes(const uint8_t* p) {
+        const auto eight = [](const uint8_t* from) {
+            const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+            return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+        };
+        return {{eight(p), eight(p + 8)}};
+    }
+    static REQUANT_INLINE Floats spread(const Tile& tile, int n) {
+        const int first = n % 4 * 2;
+        const __m256i rows = _mm256_set_m128i(_mm_set1_epi32(first + 1), _mm_set1_epi32(first));
+        return _mm256_permutevar8x32_ps(tile.half[n / 4], rows);
+    }
+    static REQUANT_INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+    static REQUANT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+    static REQUANT_INLINE void totals(Floats v, float* out) {
+        const __m256 pairs = _mm256_hadd_ps(v, v), all = _mm256_hadd_ps(pairs, pairs);
+        out[0] = _mm256_cvtss_f32(all);
+        out[1] = _mm_cvtss_f32(_mm256_extractf128_ps(all, 1));
+    }
+    template <class Index>
+    static REQUANT_INLINE void sparse_dot(const Index* columns, const uint16_t* values, int32_t count, const float* x,
+                                          float* out) {
+        __m256 low = _mm256_setzero_ps(), high = low;
+        for (int32_t e = 0; e < count; e += STEP) {
+            low = eight(columns + e, values + e, x, low);
+            high = eight(columns + e + 8, values + e + 8, x, high);
+        }
+        _mm256_storeu_ps(out, low);
+        _mm256_storeu_ps(out + 8, high);
+    }
+    template <class Index>
+    static REQUANT_INLINE Floats eight(const Index* columns, const uint16_t* values, const float* x, Floats sum) {
+        const __m128i* half = reinterpret_cast<const __m128i*>(columns);
+        const __m256i at = sizeof(Index) == 2 ? _mm256_cvtepu16_epi32(_mm_loadu_si128(half))
+                                              : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
+        const __m256 value = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+        return _mm256_fmadd_ps(_mm256_i32gather_ps(x, at, 4), value, sum);
     }
 
-    static REQUANT_INLINE vec zero() { return _mm256_setzero_ps(); }
-    static REQUANT_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
-    static REQUANT_INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
-    static REQUANT_INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-    static REQUANT_INLINE float sum(vec v) {
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        const __m128 two = _mm_hadd_ps(four, four);
-        return _mm_cvtss_f32(_mm_hadd_ps(two, two));
+    static constexpr int lanes = 8;
+    using Lanes = __m256i;
+    // byte j of a lane comes from byte i K / 8 + j, i being the window of the lane
+    template <int K>
+    static REQUANT_INLINE Lanes windows(const uint8_t* p, int v) {
+        const __m256i bytes = repeat(reinterpret_cast<const int8_t*>(p));
+        const __m256i lane = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(lanes * v));
+        const __m256i bit = _mm256_mullo_epi32(lane, _mm256_set1_epi32(K));
+        const __m256i first = _mm256_mullo_epi32(_mm256_srli_epi32(bit, 3), _mm256_set1_epi32(0x01010101));
+        const __m256i from = _mm256_add_epi8(first, _mm256_set1_epi32(0x03020100));
+        const __m256i shift = _mm256_and_si256(bit, _mm256_set1_epi32(7));
+        return _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, from), shift);
     }
-    static REQUANT_INLINE void sum4(vec a, vec b, vec c, vec d, float* out) {
-        out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+    static REQUANT_INLINE Lanes hashed(Lanes windows, uint32_t mask) {
+        return _mm256_mullo_epi32(_mm256_and_si256(windows, _mm256_set1_epi32(int(mask))),
+                                  _mm256_set1_epi32(int(0x83DCD12Du)));
+    }
+    static REQUANT_INLINE Lanes byte_pairs(Lanes words) { return _mm256_maddubs_epi16(words, _mm256_set1_epi8(1)); }
+    static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(x)));
+    }
+    static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
+        const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(less)));
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(total, _mm256_set1_ps(factor), _mm256_loadu_ps(to)));
     }
 
     static REQUANT_INLINE float half_to_float(uint16_t v) { return _cvtsh_ss(v); }
@@ -60,7 +133,7 @@ struct Avx2 {
     static REQUANT_INLINE void widen_half(const uint16_t* in, float* out, int64_t n) {
         int64_t i = 0;
         for (; i + 8 <= n; i += 8)
-            store(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
         for (; i < n; ++i) out[i] = half_to_float(in[i]);
     }
     static REQUANT_INLINE void widen_bfloat(const uint16_t* in, float* out, int64_t n) {
@@ -70,10 +143,10 @@ struct Avx2 {
         int64_t i = 0;
         for (; i + 8 <= n; i += 8)
             _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                             _mm256_cvtps_ph(load(in + i), _MM_FROUND_TO_NEAREST_INT));
+                             _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
         for (; i < n; ++i) out[i] = float_to_half(in[i]);
     }
-    // weights are finite, so that rounding needs no care for NaN (and the loop vectorises)
+    // a NaN is quiet and has no payload here, so that rounding needs no care for it (and the loop vectorises)
     static REQUANT_INLINE void narrow_bfloat(const float* in, uint16_t* out, int64_t n) {
         for (int64_t i = 0; i < n; ++i) {
             const uint32_t bits = float_to_bits(in[i]);
@@ -82,85 +155,9 @@ struct Avx2 {
     }
 };
 
-template <int BITS>
-struct Coder256 {
-    struct Part {
-        __m256 low, high;  // entries 0-7 and, for 4 bits, 8-15; repeated where 2^BITS is less than 8
-    };
-    using Raw = __m256i;
-
-    static REQUANT_INLINE Part uniform(float scale, float zero) {
-        constexpr int m = (1 << BITS) - 1;
-        const __m256 s = _mm256_set1_ps(scale), z = _mm256_set1_ps(zero);
-        const __m256 low = _mm256_setr_ps(0, 1, 2, 3, 4 & m, 5 & m, 6 & m, 7 & m);
-        Part part;
-        part.low = _mm256_mul_ps(_mm256_sub_ps(low, z), s);
-        if constexpr (BITS == 4)
-            part.high = _mm256_mul_ps(_mm256_sub_ps(_mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15), z), s);
-        else
-            part.high = part.low;
-        return part;
-    }
-    static REQUANT_INLINE Part lut(const uint16_t* table) {
-        if constexpr (BITS == 2) {
-            int64_t four;
-            __builtin_memcpy(&four, table, 8);
-            const __m256 all = _mm256_cvtph_ps(_mm_set1_epi64x(four));
-            return {all, all};
-        } else {
-            const __m128i* halves = reinterpret_cast<const __m128i*>(table);
-            const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(halves));
-            if constexpr (BITS == 4) return {low, _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-            return {low, low};
-        }
-    }
-    static REQUANT_INLINE Raw load(const uint8_t* p, int half) {
-        const __m256i* at = reinterpret_cast<const __m256i*>(p + half * 8 * BITS);
-        if constexpr (BITS == 4) {
-            return _mm256_loadu_si256(at);
-        } else if constexpr (BITS == 3) {
-            const __m256i quarter = _mm256_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5);
-            const __m256i apart = _mm256_broadcastsi128_si256(
-                _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
-            return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(_mm256_loadu_si256(at), quarter), apart);
-        } else {
-            return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-        }
-    }
-    static REQUANT_INLINE __m256 weight(Part part, Raw raw, int j) {
-        const __m256i index = __m256i((__v8su)raw >> (BITS * j));
-        const __m256 low = _mm256_permutevar8x32_ps(part.low, index);
-        if constexpr (BITS != 4) return low;
-        const __m256 high = _mm256_permutevar8x32_ps(part.high, index);
-        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-    }
-};
-
-template <>
-struct Coder256<8> {
-    struct Part {
-        __m256 scale, zero;
-    };
-    struct Raw {
-        const uint8_t* p;
-    };
-
-    static REQUANT_INLINE Part uniform(float scale, float zero) {
-        return {_mm256_set1_ps(scale), _mm256_set1_ps(zero)};
-    }
-    static REQUANT_INLINE Part lut(const uint16_t*) { return Part{}; }
-    static REQUANT_INLINE Raw load(const uint8_t* p, int half) { return {p + half * 8}; }
-    static REQUANT_INLINE __m256 weight(Part part, Raw raw, int j) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(raw.p + j * LANES));
-        const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
-        return _mm256_mul_ps(_mm256_sub_ps(code, part.zero), part.scale);
-    }
-};
-
 }  // namespace
 
 extern const Tier AVX2_TIER = make_tier<Avx2>("avx2");
-extern const TrellisTier AVX2_TRELLIS = make_trellis_tier<Avx2>();
 
 }  // namespace requant
 #endif

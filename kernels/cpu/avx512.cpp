@@ -1,6 +1,4 @@
-// The AVX-512 tier: F, BW, DQ and VL, with F16C for half conversions. One vector is 16 columns of one row, and
-// a permutation of a 16-entry table turns 4-bit indices into float32 weights; it ignores the index bits above
-// the fourth, so that codes need no mask.
+// The AVX-512 tier: F, BW, DQ, VL and VNNI, with F16C for half conversions.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -8,7 +6,7 @@
 
 #include <cstddef>
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 
 #include "tier.h"
 #include "trellis.h"
@@ -16,45 +14,98 @@
 namespace requant {
 namespace {
 
-template <int BITS>
-struct Coder512;
-
 struct Avx512 {
-    static constexpr int width = 16, row_tile = 4, batch_tile = 4;
-    using vec = __m512;
-    template <int BITS>
-    using Coder = Coder512<BITS>;
+    static constexpr int rows = 4;
+    static constexpr bool splits_bytes = false;
+    using Bytes = __m512i;
+    using Ints = __m512i;
+    using Floats = __m512;
+    typedef uint16_t Shorts __attribute__((vector_size(64)));
 
-    // byte j of lane i comes from byte i K / 8 + j
+    static REQUANT_INLINE Shorts shorts(Bytes v) { return Shorts(v); }
+    static REQUANT_INLINE Bytes bytes(Shorts v) { return Bytes(v); }
+    static REQUANT_INLINE Bytes splat_byte(uint8_t v) { return _mm512_set1_epi8(char(v)); }
+    static REQUANT_INLINE Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static REQUANT_INLINE Bytes repeat(const int8_t* p) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static REQUANT_INLINE Bytes widen(const uint8_t* p) {
+        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static REQUANT_INLINE Bytes lookup(Bytes table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+
+    template <int MAX>
+    struct Dot {
+        using Sums = __m512i;
+        static REQUANT_INLINE Sums none() { return _mm512_setzero_si512(); }
+        static REQUANT_INLINE Sums add(Sums sum, Bytes weight, Bytes x) {
+            return _mm512_dpbusd_epi32(sum, weight, x);
+        }
+        static REQUANT_INLINE Ints of(Sums sum) { return sum; }
+    };
+
+    static REQUANT_INLINE Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+    static REQUANT_INLINE Floats splat(float v) { return _mm512_set1_ps(v); }
+    static REQUANT_INLINE Floats quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+    using Tile = __m512;
+    static REQUANT_INLINE Tile tile_halves(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static REQUANT_INLINE Tile tile_bytes(const uint8_t* p) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    }
+    static REQUANT_INLINE Floats spread(Tile tile, int n) {
+        const __m512i row = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+        return _mm512_permutexvar_ps(_mm512_add_epi32(row, _mm512_set1_epi32(4 * n)), tile);
+    }
+    static REQUANT_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static REQUANT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static REQUANT_INLINE void totals(Floats v, float* out) {
+        const __m512 pairs = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+        const __m512 all = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4e));
+        const __m512i firsts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+        _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
+    }
+    template <class Index>
+    static REQUANT_INLINE void sparse_dot(const Index* columns, const uint16_t* values, int32_t count, const float* x,
+                                          float* out) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int32_t e = 0; e < count; e += STEP) {
+            const __m512i at =
+                sizeof(Index) == 2
+                    ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + e)))
+                    : _mm512_loadu_si512(columns + e);
+            const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + e)));
+            sum = _mm512_fmadd_ps(_mm512_i32gather_ps(at, x, 4), value, sum);
+        }
+        _mm512_storeu_ps(out, sum);
+    }
+
+    static constexpr int lanes = 16;
+    using Lanes = __m512i;
+    // byte j of a lane comes from byte i K / 8 + j, i being the window of the lane
     template <int K>
-    static REQUANT_INLINE Words windows(const uint8_t* p) {
-        const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    static REQUANT_INLINE Lanes windows(const uint8_t* p, int) {
+        const __m512i bytes = repeat(reinterpret_cast<const int8_t*>(p));
         const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512i bit = _mm512_mullo_epi32(lane, _mm512_set1_epi32(K));
         const __m512i first = _mm512_mullo_epi32(_mm512_srli_epi32(bit, 3), _mm512_set1_epi32(0x01010101));
         const __m512i from = _mm512_add_epi8(first, _mm512_set1_epi32(0x03020100));
         const __m512i shift = _mm512_and_si512(bit, _mm512_set1_epi32(7));
-        return Words(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, from), shift));
+        return _mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, from), shift);
     }
-
-    static REQUANT_INLINE vec zero() { return _mm512_setzero_ps(); }
-    static REQUANT_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
-    static REQUANT_INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
-    static REQUANT_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-
-    static REQUANT_INLINE __m256 fold(vec v) {
-        return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    static REQUANT_INLINE Lanes hashed(Lanes windows, uint32_t mask) {
+        return _mm512_mullo_epi32(_mm512_and_si512(windows, _mm512_set1_epi32(int(mask))),
+                                  _mm512_set1_epi32(int(0x83DCD12Du)));
     }
-    // one tree of additions for sum and sum4, so that a row's result does not depend on its tile
-    static REQUANT_INLINE void sum4(vec a, vec b, vec c, vec d, float* out) {
-        const __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));
-        const __m256 abcd = _mm256_hadd_ps(ab, cd);
-        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+    static REQUANT_INLINE Lanes byte_pairs(Lanes words) { return _mm512_maddubs_epi16(words, _mm512_set1_epi8(1)); }
+    static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
+        return _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(x));
     }
-    static REQUANT_INLINE float sum(vec v) {
-        float out[4];
-        sum4(v, v, v, v, out);
-        return out[0];
+    static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
+        const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(less)));
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(total, _mm512_set1_ps(factor), _mm512_loadu_ps(to)));
     }
 
     static REQUANT_INLINE float half_to_float(uint16_t v) { return _cvtsh_ss(v); }
@@ -81,7 +132,7 @@ struct Avx512 {
             _mm256_mask_storeu_epi16(out + i, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
         }
     }
-    // weights are finite, so that rounding needs no care for NaN
+    // a NaN is quiet and has no payload here, so that rounding needs no care for it
     static REQUANT_INLINE void narrow_bfloat(const float* in, uint16_t* out, int64_t n) {
         for (int64_t i = 0; i < n; i += 16) {
             const __mmask16 mask = first(n - i);
@@ -93,71 +144,9 @@ struct Avx512 {
     }
 };
 
-template <int BITS>
-struct Coder512 {
-    using Part = __m512;  // entry i belongs to code i mod 2^BITS
-    using Raw = __m512i;  // the eight codes of a lane in its lowest 8 * BITS bits
-
-    static REQUANT_INLINE Part uniform(float scale, float zero) {
-        constexpr int m = (1 << BITS) - 1;
-        const __m512 code = _mm512_setr_ps(0 & m, 1 & m, 2 & m, 3 & m, 4 & m, 5 & m, 6 & m, 7 & m, 8 & m, 9 & m,
-                                           10 & m, 11 & m, 12 & m, 13 & m, 14 & m, 15 & m);
-        return _mm512_mul_ps(_mm512_sub_ps(code, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
-    }
-    static REQUANT_INLINE Part lut(const uint16_t* table) {
-        if constexpr (BITS == 4) {
-            return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
-        } else if constexpr (BITS == 3) {
-            const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-            return _mm512_cvtph_ps(_mm256_broadcastsi128_si256(half));
-        } else {
-            int64_t four;
-            __builtin_memcpy(&four, table, 8);
-            return _mm512_cvtph_ps(_mm256_set1_epi64x(four));
-        }
-    }
-    static REQUANT_INLINE Raw load(const uint8_t* p, int) {
-        if constexpr (BITS == 4) {
-            return _mm512_loadu_si512(p);
-        } else if constexpr (BITS == 3) {
-            // three bytes a lane: twelve to each 128-bit quarter, then apart
-            const __m512i quarter = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
-            const __m512i apart = _mm512_broadcast_i32x4(
-                _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
-            return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarter, _mm512_loadu_si512(p)), apart);
-        } else {
-            return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        }
-    }
-    static REQUANT_INLINE __m512 weight(Part part, Raw raw, int j) {
-        const __m512i index = __m512i((__v16su)raw >> (BITS * j));
-        return _mm512_permutexvar_ps(index, part);
-    }
-};
-
-template <>
-struct Coder512<8> {
-    struct Part {
-        __m512 scale, zero;
-    };
-    using Raw = const uint8_t*;
-
-    static REQUANT_INLINE Part uniform(float scale, float zero) {
-        return {_mm512_set1_ps(scale), _mm512_set1_ps(zero)};
-    }
-    static REQUANT_INLINE Part lut(const uint16_t*) { return Part{}; }
-    static REQUANT_INLINE Raw load(const uint8_t* p, int) { return p; }
-    static REQUANT_INLINE __m512 weight(Part part, Raw raw, int j) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(raw + j * LANES));
-        const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-        return _mm512_mul_ps(_mm512_sub_ps(code, part.zero), part.scale);
-    }
-};
-
 }  // namespace
 
 extern const Tier AVX512_TIER = make_tier<Avx512>("avx512");
-extern const TrellisTier AVX512_TRELLIS = make_trellis_tier<Avx512>();
 
 }  // namespace requant
 #endif

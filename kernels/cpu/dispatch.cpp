@@ -1,11 +1,12 @@
-// The C ABI: plans a call, shares its rows among OpenMP threads and picks the instruction set. Compiled for the
-// base instruction set; nothing here depends on torch or Python.
+// The C ABI: packs weights into one block of memory, shares the windows of a call among OpenMP threads and picks the
+// instruction set. Compiled for the base instruction set; nothing here depends on torch or Python.
 //
 // Functions return 0 or a negative Status. Pointers are to contiguous host memory whose shapes the caller has
-// checked. A result depends on neither the number of threads nor, in requant_linear, on the size of the batch.
+// checked. A result depends on neither the number of threads nor on the size of the batch.
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <vector>
@@ -21,15 +22,16 @@ using namespace requant;
 enum Status : int { OK = 0, BAD_ARGUMENT = -1, OUT_OF_MEMORY = -2, ID_OUT_OF_RANGE = -3 };
 enum Isa : int { ISA_SCALAR = 0, ISA_AVX2 = 1, ISA_AVX512 = 2 };
 
-// Waking a second thread costs some microseconds: about what one core decodes of this many weights.
-constexpr int64_t WEIGHTS_PER_THREAD = 1 << 16;
+// Waking a second thread costs some microseconds: about what one core multiplies of this many weights.
+constexpr int64_t WEIGHTS_PER_THREAD = 1 << 17;
 
 int supported_isa() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
         return ISA_AVX512;
     // every processor with AVX2 and FMA has F16C, for which GCC 11 and earlier know no name here
     if (avx2) return ISA_AVX2;
@@ -38,6 +40,7 @@ int supported_isa() {
 }
 
 int current_isa = supported_isa();
+int64_t fused_batch = INT64_MAX, other_fused_batch = INT64_MAX;
 
 const Tier& tier() {
 #if defined(__x86_64__)
@@ -47,46 +50,6 @@ const Tier& tier() {
     return SCALAR_TIER;
 }
 
-struct PlannedRow {
-    Plan plan{};
-    std::vector<int32_t> group_of_part;
-
-    PlannedRow(int bits, int64_t group_size, int64_t columns) {
-        if (bits == 8) {
-            plan.row_bytes = columns;
-            plan.full = columns / BLOCK;
-            if (columns % BLOCK) plan.tail[plan.tails++] = {plan.full * BLOCK, plan.full * BLOCK, LANES};
-        } else {
-            plan.full = columns / BLOCK;
-            int64_t start = plan.full * BLOCK, offset = plan.full * LANES * bits;
-            for (int64_t width : {BLOCK / 2, BLOCK / 4, columns % (BLOCK / 4)}) {
-                if (width == 0 || columns - start < width) continue;
-                const int lanes = int((width + CODES - 1) / CODES);
-                plan.tail[plan.tails++] = {start, offset, lanes};
-                start += width;
-                offset += int64_t(lanes) * bits;
-            }
-            plan.row_bytes = offset;
-        }
-        if (group_size == 0) return;
-        plan.groups = (columns + group_size - 1) / group_size;
-        plan.parts = group_size % BLOCK == 0 ? 1 : group_size % (BLOCK / 2) == 0 ? 2 : 4;
-        const int64_t segments = plan.full + plan.tails;
-        group_of_part.resize(size_t(segments * plan.parts));
-        for (int64_t s = 0; s < segments; ++s) {
-            const bool full = s < plan.full;
-            const int64_t start = full ? s * BLOCK : plan.tail[s - plan.full].start;
-            const int64_t lanes = full ? LANES : plan.tail[s - plan.full].lanes;
-            for (int64_t p = 0; p < plan.parts; ++p) {
-                // a part without columns is padding: any group will do
-                const int64_t column = std::min(start + p * (CODES / plan.parts) * lanes, columns - 1);
-                group_of_part[size_t(s * plan.parts + p)] = int32_t(column / group_size);
-            }
-        }
-        plan.group_of_part = group_of_part.data();
-    }
-};
-
 bool valid(int kind, int bits, int64_t group_size, int64_t rows, int64_t columns) {
     if (rows < 0 || columns < 1) return false;
     if (kind == LUT) return group_size == 0 && bits >= 2 && bits <= 4;
@@ -94,43 +57,278 @@ bool valid(int kind, int bits, int64_t group_size, int64_t rows, int64_t columns
     return bits == 2 || bits == 3 || bits == 4 || bits == 8;
 }
 
+bool block_size(int64_t block) { return block == 16 || block == 32 || block == 64 || block == 128; }
+
+bool valid_trellis(int bits, int state_bits, int64_t rows, int64_t columns, int64_t block_out, int64_t block_in) {
+    return bits >= 1 && bits <= 6 && state_bits >= bits && state_bits <= 16 && block_size(block_out) &&
+           block_size(block_in) && rows >= 0 && columns > 0 && rows % block_out == 0 && columns % block_in == 0;
+}
+
+// ---- one block of memory: a header, then what it points to ---------------------------------------------------
+
+struct Header {
+    uint64_t magic;
+    int64_t bytes;  // of the whole block
+    int32_t kind, bits, state_bits, wide;
+    int64_t rows, columns, group_size, block_out, block_in;
+    // offsets; 0 for what a weight does not have
+    int64_t codes, scales, zeros, units, signs_in, signs_out;
+    int64_t windows, begins, lanes, sparse_columns, sparse_values;
+};
+
+constexpr uint64_t MAGIC = 0x31746e6175716572;  // "requant1"
+constexpr int64_t ALIGNMENT = 64;
+
+const Header* header_of(const void* packed, int64_t bytes) {
+    const Header* header = static_cast<const Header*>(packed);
+    const bool known = bytes >= int64_t(sizeof(Header)) && header->magic == MAGIC && header->bytes == bytes;
+    return known ? header : nullptr;
+}
+
+template <class T>
+const T* section(const Header& header, int64_t offset) {
+    return offset ? reinterpret_cast<const T*>(reinterpret_cast<const char*>(&header) + offset) : nullptr;
+}
+
+Sparse sparse_of(const Header& h) {
+    return {section<int32_t>(h, h.windows),    section<int32_t>(h, h.begins), section<uint8_t>(h, h.lanes),
+            section<void>(h, h.sparse_columns), h.wide != 0,                   section<uint16_t>(h, h.sparse_values)};
+}
+
+Weights weights_of(const Header& h) {
+    return {h.kind,
+            h.bits,
+            h.group_size,
+            h.rows,
+            h.columns,
+            section<uint8_t>(h, h.codes),
+            section<uint16_t>(h, h.scales),
+            section<uint8_t>(h, h.zeros),
+            section<float>(h, h.units),
+            sparse_of(h)};
+}
+
+Trellis trellis_of(const Header& h) {
+    return {h.bits,
+            h.state_bits,
+            h.rows,
+            h.columns,
+            h.block_out,
+            h.block_in,
+            section<uint8_t>(h, h.codes),
+            section<uint16_t>(h, h.scales),
+            section<float>(h, h.signs_in),
+            section<float>(h, h.signs_out),
+            sparse_of(h)};
+}
+
+// How the sparse part of a weight is cut into slices.
+struct Slices {
+    std::vector<int32_t> windows{0}, begins{0};
+    std::vector<uint8_t> rows;
+    std::vector<int32_t> first, count;  // of the lanes' elements, in the checkpoint's order
+
+    // A run no longer than `cap` is a lane. Longer lanes pad others, more of them cost additions at the end.
+    static int64_t cost(const std::vector<int32_t>& lengths, int32_t cap, std::vector<int32_t>& runs) {
+        runs.clear();
+        for (int32_t length : lengths) {
+            for (; length > cap; length -= cap) runs.push_back(cap);
+            if (length) runs.push_back(length);
+        }
+        std::sort(runs.rbegin(), runs.rend());
+        int64_t total = 0;
+        for (size_t i = 0; i < runs.size(); i += STEP) total += STEP * (runs[i] + 1);
+        return total;
+    }
+
+    Slices(int64_t row_count, const int32_t* indptr) {
+        std::vector<int32_t> lengths, runs;
+        for (int64_t window = 0; window * WINDOW < row_count; ++window) {
+            const int64_t begin = window * WINDOW, end = std::min(begin + WINDOW, row_count);
+            lengths.clear();
+            for (int64_t row = begin; row < end; ++row) lengths.push_back(indptr[row + 1] - indptr[row]);
+            const int32_t total = indptr[end] - indptr[begin];
+            int32_t best_cap = std::max(1, *std::max_element(lengths.begin(), lengths.end()));
+            int64_t best = cost(lengths, best_cap, runs);
+            for (int32_t part : {1, 2, 4}) {
+                const int32_t cap = std::max<int32_t>(1, int32_t(part * total / (end - begin)));
+                const int64_t now = cost(lengths, cap, runs);
+                if (now < best) best = now, best_cap = cap;
+            }
+            struct Lane {
+                int32_t length, first;
+                uint8_t row;
+            };
+            std::vector<Lane> lanes;
+            for (int64_t row = begin; row < end; ++row)
+                for (int32_t e = indptr[row]; e < indptr[row + 1]; e += best_cap)
+                    lanes.push_back({std::min(best_cap, indptr[row + 1] - e), e, uint8_t(row - begin)});
+            std::stable_sort(lanes.begin(), lanes.end(),
+                             [](const Lane& a, const Lane& b) { return a.length > b.length; });
+            for (size_t i = 0; i < lanes.size(); ++i) {
+                if (i % STEP == 0) begins.push_back(begins.back() + STEP * lanes[i].length);
+                rows.push_back(lanes[i].row);
+                first.push_back(lanes[i].first);
+                count.push_back(lanes[i].length);
+            }
+            while (rows.size() % STEP) rows.push_back(0), first.push_back(0), count.push_back(0);
+            windows.push_back(int32_t(begins.size() - 1));
+        }
+    }
+};
+
+// Lays a header out, and the sections behind it. Without memory to write to it only counts.
+class Packer {
+  public:
+    explicit Packer(char* out) : out_(out), at_(round(sizeof(Header))) {}
+
+    // Room for `count` elements, zeroed; null where nothing is written.
+    template <class T>
+    T* room(int64_t& offset, int64_t count) {
+        offset = at_;
+        at_ += round(count * int64_t(sizeof(T)));
+        if (!out_) return nullptr;
+        std::memset(out_ + offset, 0, size_t(at_ - offset));
+        return reinterpret_cast<T*>(out_ + offset);
+    }
+
+    int64_t bytes() const { return at_; }
+
+  private:
+    static int64_t round(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+    char* out_;
+    int64_t at_;
+};
+
+template <class T>
+void copy(T* to, const T* from, int64_t count) {
+    if (to && count) std::memcpy(to, from, size_t(count) * sizeof(T));
+}
+
+template <class T>
+void pack_vector(Packer& packer, int64_t& offset, const std::vector<T>& from) {
+    copy(packer.room<T>(offset, int64_t(from.size())), from.data(), int64_t(from.size()));
+}
+
+template <class Index>
+void fill_slices(const Slices& slices, const Index* indices, const uint16_t* values, Index* to_columns,
+                 uint16_t* to_values) {
+    for (size_t lane = 0; lane < slices.count.size(); ++lane) {
+        int64_t to = slices.begins[lane / STEP] + int64_t(lane % STEP);
+        for (int32_t k = 0; k < slices.count[lane]; ++k, to += STEP) {
+            to_columns[to] = indices[slices.first[lane] + k];
+            to_values[to] = values[slices.first[lane] + k];
+        }
+    }
+}
+
+void pack_sparse(Packer& packer, Header& h, int64_t rows, const int32_t* indptr, const void* indices, bool wide,
+                 const uint16_t* values) {
+    if (!indptr || indptr[rows] == 0) return;
+    const Slices slices(rows, indptr);
+    const int64_t elements = slices.begins.back();
+    pack_vector(packer, h.windows, slices.windows);
+    pack_vector(packer, h.begins, slices.begins);
+    pack_vector(packer, h.lanes, slices.rows);
+    h.wide = wide;
+    if (wide) {
+        int32_t* columns = packer.room<int32_t>(h.sparse_columns, elements);
+        uint16_t* to = packer.room<uint16_t>(h.sparse_values, elements);
+        if (to) fill_slices(slices, static_cast<const int32_t*>(indices), values, columns, to);
+    } else {
+        uint16_t* columns = packer.room<uint16_t>(h.sparse_columns, elements);
+        uint16_t* to = packer.room<uint16_t>(h.sparse_values, elements);
+        if (to) fill_slices(slices, static_cast<const uint16_t*>(indices), values, columns, to);
+    }
+}
+
+// The code of a column in a row's bit stream of `bytes` bytes.
+struct BitRow {
+    const uint8_t* from;
+    int64_t bytes, columns;
+    int bits;
+    uint32_t operator[](int64_t column) const {
+        if (column >= columns) return 0;
+        const int64_t bit = column * bits, byte = bit / 8;
+        uint32_t word = from[byte];
+        if (byte + 1 < bytes) word |= uint32_t(from[byte + 1]) << 8;
+        return word >> (bit % 8) & ((1u << bits) - 1);
+    }
+};
+
+// A row's part of a chunk, codes[64], to where it belongs in the block at `to`; `row` is that in the block.
+void place_codes(int bits, const uint32_t* codes, int row, uint8_t* to) {
+    for (int c = 0; c < CHUNK; ++c) {
+        const int step = c / STEP, i = c % STEP, byte = row * STEP + i;
+        if (bits == 8) {
+            to[64 * step + byte] = uint8_t(codes[c]);
+        } else if (bits == 4) {
+            to[64 * (step / 2) + byte] |= uint8_t(codes[c] << (4 * (step % 2)));
+        } else {
+            to[byte] |= uint8_t((codes[c] & 3) << (2 * step));
+            if (bits == 3) to[64 + row * 8 + i / 2] |= uint8_t((codes[c] >> 2) << (step + 4 * (i % 2)));
+        }
+    }
+}
+
 int thread_count(int64_t work, int64_t units) {
     const int64_t most = std::min<int64_t>(work / WEIGHTS_PER_THREAD, units);
     return int(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), most)));
 }
 
-// Buffers of the calling thread; they grow to what the largest call needs and stay.
-float* buffer(int which, int64_t floats) {
-    thread_local std::vector<float> buffers[3];
-    std::vector<float>& mine = buffers[which];
-    if (int64_t(mine.size()) < floats) mine.resize(size_t(floats));
-    return mine.data();
-}
-
-// Calls body(begin, end, scratch) on every thread with its share of `units`, in contiguous ranges.
+// Calls body(begin, end, thread) on every thread with its share of `units`, in contiguous ranges.
 template <class Body>
-void share(int threads, int64_t units, int64_t scratch_size, const Body& body) {
-    scratch_size = (scratch_size + 31) / 16 * 16;  // no cache line belongs to two threads
-    float* scratch = buffer(0, threads * scratch_size);
-    if (threads == 1) return body(0, units, scratch);
+void share(int threads, int64_t units, const Body& body) {
+    if (threads == 1) return body(0, units, 0);
 #pragma omp parallel num_threads(threads)
     {
         const int64_t count = omp_get_num_threads(), id = omp_get_thread_num();
-        body(units * id / count, units * (id + 1) / count, scratch + id * scratch_size);
+        body(units * id / count, units * (id + 1) / count, int(id));
     }
 }
 
-// One column of a tail segment in the padded copy.
-void spread_tails(const Plan& plan, int64_t columns, const float* x, float* out) {
-    std::memset(out, 0, sizeof(float) * size_t(plan.tails * BLOCK));
-    for (int t = 0; t < plan.tails; ++t, out += BLOCK) {
-        const Tail& tail = plan.tail[t];
-        for (int j = 0; j < CODES; ++j)
-            for (int i = 0; i < tail.lanes; ++i) {
-                const int64_t column = tail.start + j * tail.lanes + i;
-                if (column < columns) out[j * LANES + i] = x[column];
+void pack_codes(int bits, int64_t rows, int64_t columns, const uint8_t* in, uint8_t* out) {
+    const int64_t in_bytes = (columns * bits + 7) / 8, chunks = chunks_of(columns);
+    share(thread_count(rows * columns, tiles_of(rows)), tiles_of(rows), [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin * TILE_ROWS; row < std::min(end * TILE_ROWS, rows); ++row) {
+            const BitRow stream{in + row * in_bytes, in_bytes, columns, bits};
+            const int64_t tile = row / TILE_ROWS, block = row % TILE_ROWS / BLOCK_ROWS;
+            for (int64_t c = 0; c < chunks; ++c) {
+                uint32_t codes[CHUNK];
+                for (int64_t i = 0; i < CHUNK; ++i) codes[i] = stream[c * CHUNK + i];
+                uint8_t* to = out + (tile * chunks + c) * tile_chunk_bytes(bits) + block * (32 * bits);
+                place_codes(bits, codes, int(row % BLOCK_ROWS), to);
             }
+        }
+    });
+}
+
+// Entries against the largest of their row, as PLANES bytes of 7 bits, most significant first.
+void pack_tables(int64_t rows, int64_t entries, const float* tables, uint8_t* planes, float* units) {
+    constexpr int BITS = TABLE_SHIFT * PLANES;
+    constexpr int32_t MIDDLE = 1 << (BITS - 1);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t tile = row / TILE_ROWS, r = row % TILE_ROWS;
+        float largest = 0;
+        for (int64_t i = 0; i < entries; ++i) largest = std::max(largest, std::fabs(tables[row * entries + i]));
+        const float unit = units[row] = largest / float(MIDDLE - 1);
+        for (int64_t i = 0; i < entries; ++i) {
+            const double steps = largest > 0 ? double(tables[row * entries + i]) / unit : 0.0;
+            const int32_t whole = std::max(-MIDDLE + 1, std::min(MIDDLE - 1, int32_t(std::lround(steps)))) + MIDDLE;
+            for (int d = 0; d < PLANES; ++d)
+                planes[((tile * PLANES + d) * TILE_ROWS + r) * ENTRIES + i] =
+                    uint8_t(whole >> (TABLE_SHIFT * (PLANES - 1 - d)) & 127);
+        }
     }
+}
+
+// Buffers of the calling thread; they grow to what the largest call needs and stay.
+template <class T>
+T* buffer(int which, int64_t count) {
+    thread_local std::vector<T> buffers[4];
+    std::vector<T>& mine = buffers[which];
+    if (int64_t(mine.size()) < count) mine.resize(size_t(count));
+    return mine.data();
 }
 
 template <class Body>
@@ -142,9 +340,61 @@ int guarded(const Body& body) {
     }
 }
 
+// Lets `body` fill a header and its sections, at `out` or nowhere; returns the bytes or a status.
+template <class Body>
+int64_t packed(const Body& body, void* out) {
+    int64_t bytes = 0;
+    const int status = guarded([&]() -> int {
+        Header h{};
+        h.magic = MAGIC;
+        Packer packer(static_cast<char*>(out));
+        if (!body(h, packer)) return BAD_ARGUMENT;
+        bytes = h.bytes = packer.bytes();
+        if (out) std::memcpy(out, &h, sizeof h);
+        return OK;
+    });
+    return status == OK ? bytes : status;
+}
+
+// A batch of at most MAX_BATCH.
+void integer_linear(const Weights& w, const float* x, int64_t batch, int planes, int dtype, void* y) {
+    const Tier& isa = tier();
+    const int64_t cells = w.chunks() * batch, windows = (w.rows + WINDOW - 1) / WINDOW;
+    float* scales = buffer<float>(1, cells);
+    float* sums = buffer<float>(2, cells * w.parts() * 4);
+    int8_t* bytes = buffer<int8_t>(0, cells * planes * CHUNK);
+    isa.quantize(x, batch, w.columns, planes, w.parts(), bytes, scales, sums);
+    const Activations in{batch, planes, w.parts(), bytes, scales, sums, x};
+    const int threads = thread_count(w.rows * w.columns * batch, windows);
+    float* scratch = buffer<float>(3, threads * batch * WINDOW);
+    share(threads, windows, [&](int64_t begin, int64_t end, int thread) {
+        isa.linear(w, in, begin, end, dtype, y, scratch + thread * batch * WINDOW);
+    });
+}
+
+void trellis_linear(const Trellis& w, const float* x, int64_t batch, int planes, int dtype, void* y) {
+    const Tier& isa = tier();
+    const int count = planes > 2 ? 2 : 1;
+    const int64_t cells = w.columns / w.block_in * batch, unit = trellis_unit(w.block_out);
+    const int64_t units = (w.rows + unit - 1) / unit;
+    float* rotated = buffer<float>(2, batch * w.columns);
+    std::memcpy(rotated, x, size_t(batch * w.columns) * 4);
+    isa.rotate(batch, w.columns, w.block_in, w.signs_in, rotated);
+    float* scales = buffer<float>(1, cells);
+    int32_t* words = buffer<int32_t>(0, batch * w.columns * count);
+    int32_t* sums = buffer<int32_t>(1, cells * count);
+    isa.quantize_words(rotated, batch, w.columns, w.block_in, count, words, scales, sums);
+    const TrellisActivations in{batch, count, words, scales, sums, x};
+    const int threads = thread_count(2 * w.rows * w.columns * batch, units);
+    float* scratch = buffer<float>(3, threads * batch * unit);
+    share(threads, units, [&](int64_t begin, int64_t end, int thread) {
+        isa.trellis_linear(w, in, begin, end, dtype, y, scratch + thread * batch * unit);
+    });
+}
+
 }  // namespace
 
-// Instruction set in use: 0 scalar, 1 AVX2, 2 AVX-512.
+// Instruction set in use: 0 scalar, 1 AVX2, 2 AVX-512 with VNNI.
 REQUANT_API int requant_isa() { return current_isa; }
 
 // Use at most `cap`; returns what is in use then. Not to be called while a kernel runs.
@@ -153,114 +403,166 @@ REQUANT_API int requant_set_isa(int cap) {
     return current_isa;
 }
 
-// Bytes of the run-time codes of a weight, slack included.
-REQUANT_API int64_t requant_codes_bytes(int bits, int64_t rows, int64_t columns) {
-    return rows * PlannedRow(bits, 0, columns).plan.row_bytes + CODE_SLACK;
-}
-
-// Canonical row bit streams [rows, ceil(columns * bits / 8)] to the run-time layout.
-REQUANT_API int requant_repack_codes(int bits, int64_t rows, int64_t columns, const uint8_t* in, uint8_t* out) {
-    return guarded([&]() -> int {
-        if (!valid(UNIFORM, bits, 32, rows, columns)) return BAD_ARGUMENT;
-        const PlannedRow planned(bits, 0, columns);
-        const Plan& plan = planned.plan;
-        const int64_t in_bytes = (columns * bits + 7) / 8;
-        const uint32_t mask = (1u << bits) - 1;
-        const auto repack_rows = [&](int64_t begin, int64_t end, float*) {
-            for (int64_t row = begin; row < end; ++row) {
-                const uint8_t* from = in + row * in_bytes;
-                uint8_t* to = out + row * plan.row_bytes;
-                if (bits == 8) {
-                    std::memcpy(to, from, size_t(columns));
-                    continue;
+// Packs the canonical tensors of a weight (SPEC.md, section 4) into `out`, or, without it, returns the bytes that takes.
+// codes: row bit streams. scales: float16 [rows, groups], or tables [rows, 2^bits]; tables: these in float32. zeros:
+// a byte each, [rows, groups]. indptr: null without a sparse part.
+REQUANT_API int64_t requant_pack(int kind, int bits, int64_t group_size, int64_t rows, int64_t columns,
+                                 const uint8_t* codes, const uint16_t* scales, const float* tables,
+                                 const uint8_t* zeros, const int32_t* indptr, const void* indices, int wide,
+                                 const uint16_t* values, void* out) {
+    return packed([&](Header& h, Packer& packer) {
+        if (!valid(kind, bits, group_size, rows, columns)) return false;
+        h.kind = kind, h.bits = bits, h.group_size = group_size, h.rows = rows, h.columns = columns;
+        const int64_t tiles = tiles_of(rows), chunks = chunks_of(columns);
+        uint8_t* to_codes = packer.room<uint8_t>(h.codes, tiles * chunks * tile_chunk_bytes(bits) + CODE_SLACK);
+        if (to_codes) pack_codes(bits, rows, columns, codes, to_codes);
+        if (kind == LUT) {
+            const int64_t entries = int64_t(1) << bits;
+            copy(packer.room<uint16_t>(h.scales, rows * entries), scales, rows * entries);
+            uint8_t* planes = packer.room<uint8_t>(h.zeros, tiles * PLANES * TILE_ROWS * ENTRIES);
+            float* units = packer.room<float>(h.units, tiles * TILE_ROWS);
+            if (units) pack_tables(rows, entries, tables, planes, units);
+        } else {
+            const int64_t groups = (columns + group_size - 1) / group_size;
+            uint16_t* to_scales = packer.room<uint16_t>(h.scales, tiles * groups * TILE_ROWS);
+            uint8_t* to_zeros = packer.room<uint8_t>(h.zeros, tiles * groups * TILE_ROWS);
+            for (int64_t row = 0; to_scales && row < rows; ++row)
+                for (int64_t g = 0; g < groups; ++g) {
+                    const int64_t to = (row / TILE_ROWS * groups + g) * TILE_ROWS + row % TILE_ROWS;
+                    to_scales[to] = scales[row * groups + g];
+                    to_zeros[to] = zeros[row * groups + g];
                 }
-                const auto code = [&](int64_t column) -> uint32_t {
-                    if (column >= columns) return 0;
-                    const int64_t bit = column * bits, byte = bit / 8;
-                    uint32_t word = from[byte];
-                    if (byte + 1 < in_bytes) word |= uint32_t(from[byte + 1]) << 8;
-                    return word >> (bit % 8) & mask;
-                };
-                for (int64_t s = 0; s < plan.full + plan.tails; ++s) {
-                    const bool full = s < plan.full;
-                    const Tail tail = full ? Tail{s * BLOCK, s * LANES * bits, LANES} : plan.tail[s - plan.full];
-                    for (int i = 0; i < tail.lanes; ++i) {
-                        uint32_t lane = 0;
-                        for (int j = 0; j < CODES; ++j)
-                            lane |= code(tail.start + j * tail.lanes + i) << (j * bits);
-                        for (int b = 0; b < bits; ++b)
-                            to[tail.offset + i * bits + b] = uint8_t(lane >> (8 * b));
-                    }
-                }
-            }
-        };
-        share(thread_count(rows * columns, rows), rows, 0, repack_rows);
-        std::memset(out + rows * plan.row_bytes, 0, size_t(CODE_SLACK));
-        return OK;
-    });
-}
-
-// y [batch, rows] = x [batch, columns] times the transposed weight; x and y of type `dtype`, sums in float32.
-REQUANT_API int requant_linear(int kind, int bits, int64_t group_size, int64_t rows, int64_t columns,
-                               const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
-                               const int32_t* indptr, const void* indices, int wide_indices,
-                               const uint16_t* values, int dtype, int64_t batch, const void* x, void* y) {
-    return guarded([&]() -> int {
-        if (!valid(kind, bits, group_size, rows, columns) || dtype < F32 || dtype > F16 || batch < 0)
-            return BAD_ARGUMENT;
-        const Weights w{kind,  bits,   group_size, rows,    columns,           codes,
-                        scales, zeros, indptr,     indices, wide_indices != 0, values};
-        const Tier& isa = tier();
-        const PlannedRow planned(bits, group_size, columns);
-        const Plan& plan = planned.plan;
-        const float* wide = static_cast<const float*>(x);
-        if (dtype != F32) {
-            float* copy = buffer(1, batch * columns);
-            isa.widen(dtype, x, copy, batch * columns);
-            wide = copy;
         }
-        const int64_t tail_stride = plan.tails * BLOCK;
-        float* tails = buffer(2, batch * tail_stride);
-        for (int64_t m = 0; plan.tails && m < batch; ++m)
-            spread_tails(plan, columns, wide + m * columns, tails + m * tail_stride);
-        const Input in{batch, wide, columns, tails, tail_stride};
-        const int64_t tiles = (rows + isa.row_tile - 1) / isa.row_tile;
-        share(thread_count(rows * columns * batch, tiles), tiles, scratch_floats(plan, columns),
-              [&](int64_t begin, int64_t end, float* scratch) {
-                  isa.linear(w, plan, in, begin * isa.row_tile, std::min(end * isa.row_tile, rows), dtype, y,
-                             rows, scratch);
-              });
+        pack_sparse(packer, h, rows, indptr, indices, wide != 0, values);
+        return true;
+    }, out);
+}
+
+// The same for the trellis kind. codes: [rows / block_out, columns block_out / 128, 16 bits]; scales: float16
+// [rows / block_out, columns / block_in]; signs: +- block^-1/2 of every feature.
+REQUANT_API int64_t requant_pack_trellis(int bits, int state_bits, int64_t rows, int64_t columns, int64_t block_out,
+                                         int64_t block_in, const uint8_t* codes, const uint16_t* scales,
+                                         const float* signs_in, const float* signs_out, const int32_t* indptr,
+                                         const void* indices, int wide, const uint16_t* values, void* out) {
+    return packed([&](Header& h, Packer& packer) {
+        if (!valid_trellis(bits, state_bits, rows, columns, block_out, block_in)) return false;
+        h.kind = TRELLIS, h.bits = bits, h.state_bits = state_bits;
+        h.rows = rows, h.columns = columns, h.block_out = block_out, h.block_in = block_in;
+        const int64_t strings = rows * columns / TILE, bytes = TILE * bits / 8, stride = trellis_stride(bits);
+        uint8_t* to_codes = packer.room<uint8_t>(h.codes, strings * stride + CODE_SLACK);
+        for (int64_t i = 0; to_codes && i < strings; ++i)
+            for (int64_t b = 0; b < stride; ++b) to_codes[i * stride + b] = codes[i * bytes + b % bytes];
+        copy(packer.room<uint16_t>(h.scales, rows / block_out * (columns / block_in)), scales,
+             rows / block_out * (columns / block_in));
+        copy(packer.room<float>(h.signs_in, columns), signs_in, columns);
+        copy(packer.room<float>(h.signs_out, rows), signs_out, rows);
+        pack_sparse(packer, h, rows, indptr, indices, wide != 0, values);
+        return true;
+    }, out);
+}
+
+// y [batch, rows] = x [batch, columns] times the transposed weight; x and y of type `dtype`. Activations count with
+// 8 bits for each of `planes`, 1 to 3; those of a trellis with at least 16.
+REQUANT_API int requant_linear(const void* packed, int64_t packed_bytes, int64_t rows, int64_t columns, int planes,
+                               int dtype, int64_t batch, const void* x, void* y) {
+    return guarded([&]() -> int {
+        const Header* h = header_of(packed, packed_bytes);
+        if (!h || h->rows != rows || h->columns != columns || dtype < F32 || dtype > F16 || batch < 0 || planes < 1 ||
+            planes > PLANES)
+            return BAD_ARGUMENT;
+        const int64_t size = dtype == F32 ? 4 : 2;
+        float* wide = buffer<float>(0, dtype == F32 ? 0 : std::min(batch, MAX_BATCH) * columns);
+        for (int64_t first = 0; first < batch; first += MAX_BATCH) {
+            const int64_t count = std::min(batch - first, MAX_BATCH);
+            const char* from = static_cast<const char*>(x) + first * columns * size;
+            char* to = static_cast<char*>(y) + first * rows * size;
+            const float* values = reinterpret_cast<const float*>(from);
+            if (dtype != F32) {
+                tier().widen(dtype, from, wide, count * columns);
+                values = wide;
+            }
+            if (h->kind == TRELLIS)
+                trellis_linear(trellis_of(*h), values, count, planes, dtype, to);
+            else
+                integer_linear(weights_of(*h), values, count, planes, dtype, to);
+        }
         return OK;
     });
 }
 
 // out [count, columns] of type `dtype`: the rows `ids`, or, without ids, the rows first ... first + count - 1.
-REQUANT_API int requant_dequantize(int kind, int bits, int64_t group_size, int64_t rows, int64_t columns,
-                                   const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
-                                   const int32_t* indptr, const void* indices, int wide_indices,
-                                   const uint16_t* values, int dtype, const int64_t* ids, int64_t first,
-                                   int64_t count, void* out) {
+REQUANT_API int requant_dequantize(const void* packed, int64_t packed_bytes, int64_t columns, int dtype,
+                                   const int64_t* ids, int64_t first, int64_t count, void* out) {
     return guarded([&]() -> int {
-        if (!valid(kind, bits, group_size, rows, columns) || dtype < F32 || dtype > F16 || count < 0)
-            return BAD_ARGUMENT;
+        const Header* h = header_of(packed, packed_bytes);
+        if (!h || h->kind == TRELLIS || h->columns != columns || dtype < F32 || dtype > F16 || count < 0) return BAD_ARGUMENT;
         if (ids) {
             for (int64_t i = 0; i < count; ++i)
-                if (ids[i] < 0 || ids[i] >= rows) return ID_OUT_OF_RANGE;
-        } else if (first < 0 || first + count > rows) {
+                if (ids[i] < 0 || ids[i] >= h->rows) return ID_OUT_OF_RANGE;
+        } else if (first < 0 || first + count > h->rows) {
             return ID_OUT_OF_RANGE;
         }
-        const Weights w{kind,  bits,   group_size, rows,    columns,           codes,
-                        scales, zeros, indptr,     indices, wide_indices != 0, values};
-        const PlannedRow planned(bits, group_size, columns);
-        const Plan& plan = planned.plan;
+        const Weights w = weights_of(*h);
         const Tier& isa = tier();
         const int64_t origin = ids ? 0 : first;
-        share(thread_count(count * columns, count), count, scratch_floats(plan, columns),
-              [&](int64_t begin, int64_t end, float* scratch) {
-                  isa.dequantize(w, plan, ids, origin, origin + begin, origin + end, dtype, out, scratch);
-              });
+        const int threads = thread_count(count * columns, count);
+        float* lines = buffer<float>(3, threads * (columns + 16));
+        share(threads, count, [&](int64_t begin, int64_t end, int thread) {
+            isa.dequantize(w, ids, origin, origin + begin, origin + end, dtype, out, lines + thread * (columns + 16));
+        });
         return OK;
     });
+}
+
+// out [count, columns] float32: rotated weights of the rows first ... first + count - 1, whole output blocks.
+REQUANT_API int requant_trellis_dequantize(const void* packed, int64_t packed_bytes, int64_t columns, int64_t first,
+                                           int64_t count, float* out) {
+    const Header* h = header_of(packed, packed_bytes);
+    if (!h || h->kind != TRELLIS || h->columns != columns) return BAD_ARGUMENT;
+    const int64_t block = h->block_out;
+    if (first < 0 || count < 0 || first + count > h->rows || first % block || count % block) return ID_OUT_OF_RANGE;
+    const Trellis w = trellis_of(*h);
+    share(thread_count(count * columns, count / block), count / block, [&](int64_t begin, int64_t end, int) {
+        tier().trellis_dequantize(w, first / block + begin, first / block + end, out + begin * block * columns);
+    });
+    return OK;
+}
+
+// Rows of x [count, columns] into the coordinates of a trellis, in place; or, with `back`, rows of y [count, rows] out of
+// them, residual of x [count, columns] included.
+REQUANT_API int requant_trellis_rotate(const void* packed, int64_t packed_bytes, int64_t count, const float* x,
+                                       float* in_place, int back) {
+    const Header* h = header_of(packed, packed_bytes);
+    if (!h || h->kind != TRELLIS || count < 0) return BAD_ARGUMENT;
+    const Trellis w = trellis_of(*h);
+    const int64_t width = back ? w.rows : w.columns;
+    share(thread_count(8 * count * width, count), count, [&](int64_t begin, int64_t end, int) {
+        float* rows = in_place + begin * width;
+        if (!back) return tier().rotate(end - begin, width, w.block_in, w.signs_in, rows);
+        tier().rotate_back(end - begin, width, w.block_out, w.signs_out, rows);
+        for (int64_t window = 0; w.sparse.windows && window * WINDOW < width; ++window)
+            tier().sparse(w.sparse, window, x + begin * w.columns, end - begin, w.columns, rows + window * WINDOW, width);
+    });
+    return OK;
+}
+
+// Kind of a packed weight: 0 uniform, 1 lut, 2 trellis.
+REQUANT_API int requant_kind(const void* packed, int64_t packed_bytes) {
+    const Header* h = header_of(packed, packed_bytes);
+    return h ? h->kind : BAD_ARGUMENT;
+}
+
+// Largest batch that is to be multiplied from codes: `integers` with activations of up to 16 bits, `others` with longer
+// ones and for the trellis kind.
+REQUANT_API void requant_set_fused_batch(int64_t integers, int64_t others) {
+    fused_batch = integers;
+    other_fused_batch = others;
+}
+
+REQUANT_API int64_t requant_fused_batch(const void* packed, int64_t packed_bytes, int planes) {
+    const Header* h = header_of(packed, packed_bytes);
+    if (!h) return BAD_ARGUMENT;
+    return h->kind == TRELLIS || planes > 2 ? other_fused_batch : fused_batch;
 }
 
 // Reads `bytes` (a multiple of 64) with `threads` threads and returns a checksum: the yardstick of the

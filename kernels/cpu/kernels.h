@@ -1,122 +1,149 @@
 // What the instruction-set tiers share: the run-time layout of a weight, and the interface of a tier.
 //
-// Run-time layout of the codes (2, 3, 4 bits). A row is cut into segments: blocks of 128 columns, then at most
-// one of 64, one of 32 and one of the remaining 1 to 31 columns. A segment of `lanes` lanes holds column
-// `start + j * lanes + i` (0 <= j < 8, 0 <= i < lanes) as code j of lane i, and the eight codes of a lane fill
-// exactly `bits` bytes (least significant bit first, code 0 lowest). One vector load therefore yields, after
-// shifts alone, vectors of consecutive columns; no column group of 32 is ever split over two values of j that
-// belong to different quantization groups; and a row takes no more bytes than in the checkpoint, but for fewer
-// than eight padding codes. Codes of 8 bits lie in column order. Behind the last row CODE_SLACK bytes may be
-// read (never used).
+// Run-time layout of the codes (2, 3, 4 or 8 bits). Rows come in tiles of 16, columns in chunks of 64; both are padded
+// with codes 0. Tiles follow each other, in a tile its chunks, in a chunk the four blocks of 4 rows, 32 * bits bytes
+// each. A block is computed as four vectors of 4 rows x 16 consecutive columns, one byte a weight, row by row:
 //
-// Short segments are computed as if they had 16 lanes: the surplus lanes decode whatever follows in memory
-// and meet an activation that is zero.
+//     2 bits: one line of 64 bytes; byte i of row r holds the codes of columns i, 16 + i, 32 + i, 48 + i
+//     4 bits: two lines; the first holds the codes of columns i and 16 + i, the second 32 + i and 48 + i
+//     3 bits: the line of 2 bits with the lower bits, then 8 bytes a row with the upper ones: bit c of byte i belongs
+//             to column 16 c + 2 i, bit 4 + c to column 16 c + 2 i + 1 (0 <= c < 4)
+//     8 bits: four lines of 16 columns
+//
+// with lower columns in lower bits. So all four vectors come out of loads by shifts and masks alone, one stream of
+// memory serves 16 rows, and vectors of 1, 2 or 4 rows read the same bytes. Behind the last tile CODE_SLACK bytes may
+// be read (never used).
+//
+// Products are of integers: activations become 8, 16 or 24 bits against the largest of their chunk (Activations), and
+// tables 14 or 21 bits against the range of their row.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace requant {
 
-constexpr int64_t BLOCK = 128;       // columns of a full segment
-constexpr int LANES = 16;            // lanes of a full segment
-constexpr int CODES = 8;             // codes of a lane
-constexpr int64_t CODE_SLACK = 128;  // readable bytes behind the last row
-constexpr int MAX_TAILS = 3;
-constexpr int MAX_ROW_TILE = 4;
+constexpr int TILE_ROWS = 16;        // rows whose codes lie together
+constexpr int BLOCK_ROWS = 4;        // rows of a block
+constexpr int64_t CHUNK = 64;        // columns whose activations share a scale
+constexpr int STEP = 16;             // columns of a vector; lanes of a slice
+constexpr int STEPS = 4;             // vectors of a block
+constexpr int64_t CODE_SLACK = 64;   // readable bytes behind the last tile
+constexpr int64_t WINDOW = 64;       // rows whose sparse weights lie together; what threads share
+constexpr int PLANES = 3;            // bytes of the widest activation or table entry
+constexpr int TABLE_SHIFT = 7;       // bits of a byte of a table entry
+constexpr int ENTRIES = 16;          // bytes of a row in a plane of tables
+constexpr int64_t MAX_BATCH = 16;    // activations that are multiplied together
 
-enum Kind : int { UNIFORM = 0, LUT = 1 };
+enum Kind : int { UNIFORM = 0, LUT = 1, TRELLIS = 2 };
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
+
+constexpr int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+constexpr int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
+constexpr int64_t tile_chunk_bytes(int bits) { return TILE_ROWS * CHUNK * bits / 8; }
+
+// The sparse part, window by window. The elements of a row are cut into runs, which are the lanes of slices: element k
+// of lane l of a slice stands at its `begin` + 16 k + l; shorter lanes are padded with column 0 and value 0.
+struct Sparse {
+    const int32_t* windows;  // [windows + 1] slices before a window; null without a sparse part
+    const int32_t* begins;   // [slices + 1] elements before a slice
+    const uint8_t* rows;     // [slices, 16] row of a lane in its window
+    const void* columns;     // uint16 or int32
+    bool wide;
+    const uint16_t* values;  // float16
+};
 
 struct Weights {
     int kind;
     int bits;
     int64_t group_size;      // columns sharing a scale; 0 for LUT
     int64_t rows, columns;
-    const uint8_t* codes;    // run-time layout above
-    const uint16_t* scales;  // float16: scales [rows, groups], or tables [rows, 2^bits] for LUT
-    const uint8_t* zeros;    // zero points [rows, groups], one byte each; null for LUT
-    const int32_t* indptr;   // CSR row pointers [rows + 1]; null without a sparse part
-    const void* indices;     // CSR columns, uint16 or int32
-    bool wide_indices;
-    const uint16_t* values;  // float16
+    const uint8_t* codes;
+    const uint16_t* scales;  // UNIFORM: float16 [tiles, groups, 16]; LUT: float16 tables [rows, 2^bits]
+    const uint8_t* zeros;    // UNIFORM: [tiles, groups, 16]; LUT: planes of tables, [tiles, PLANES, 16, ENTRIES]
+    const float* units;      // LUT: [tiles, 16] what an entry is a multiple of
+    Sparse sparse;
+
+    int64_t chunks() const { return chunks_of(columns); }
+    int64_t tiles() const { return tiles_of(rows); }
+    int64_t groups() const { return group_size ? (columns + group_size - 1) / group_size : 0; }
+    // quantization groups of which a chunk may hold parts; a group is a multiple of 32
+    int parts() const { return group_size % CHUNK ? 2 : 1; }
 };
 
-struct Tail {
-    int64_t start;   // first column
-    int64_t offset;  // bytes from the start of the row
-    int lanes;
-};
-
-// Where the segments of a row lie; the same for all rows of a weight.
-struct Plan {
-    int64_t row_bytes;
-    int64_t groups;
-    int64_t full;  // segments of BLOCK columns
-    int tails;
-    Tail tail[MAX_TAILS];
-    int parts;                     // quantization groups a segment is cut into: 1, 2 or 4 (UNIFORM)
-    const int32_t* group_of_part;  // [(full + tails) * parts]
-};
-
-// Activations in float32, plus the columns of the tail segments spread to 16 lanes and padded with zeros.
-struct Input {
+// Activations as integers of `planes` bytes, chunk by chunk, most significant byte first. x = scale * integer.
+struct Activations {
     int64_t batch;
-    const float* x;  // [batch, columns]
-    int64_t stride;
-    const float* tail;  // [batch, tails * BLOCK]
-    int64_t tail_stride;
+    int planes;
+    int parts;           // as those of the weight
+    const int8_t* bytes;   // [chunks, batch, planes, CHUNK]
+    const float* scales;   // [chunks, batch]
+    const float* sums;     // [chunks, batch, parts, 4] minus the sums of the integers of equal column % 16 / 4
+    const float* x;        // [batch, columns] as they are
 };
 
-// One instruction set. `scratch` holds scratch_floats(plan, columns) floats that belong to the caller's thread.
-struct Tier {
-    const char* name;
-    int row_tile;  // rows computed together; ranges of rows start at its multiples
-    // y[m, n] for n in [row_begin, row_end) and all m
-    void (*linear)(const Weights&, const Plan&, const Input&, int64_t row_begin, int64_t row_end, int dtype,
-                   void* y, int64_t y_stride, float* scratch);
-    // out[i - first] = row ids[i] (or row i, without ids) for i in [begin, end)
-    void (*dequantize)(const Weights&, const Plan&, const int64_t* ids, int64_t first, int64_t begin,
-                       int64_t end, int dtype, void* out, float* scratch);
-    void (*widen)(int dtype, const void* in, float* out, int64_t count);
-};
+// ---- the trellis kind ----------------------------------------------------------------------------------------
+//
+// Strings keep their order on disk, but each is followed by its first bytes once more: the last windows run over the
+// end.
 
-// ---- the trellis kind, whose codes keep their disk layout ---------------------------------------------------
+constexpr int TILE = 128;       // weights in a circular string
+constexpr int TILE_TAIL = 2;    // bytes that are repeated
 
-constexpr int TILE = 128;  // weights in a circular string
+constexpr int64_t trellis_stride(int bits) { return TILE * bits / 8 + TILE_TAIL; }
+// what threads share: whole output blocks, and windows of the sparse part
+constexpr int64_t trellis_unit(int64_t block_out) { return block_out > WINDOW ? block_out : WINDOW; }
 
 struct Trellis {
     int bits, state_bits;
     int64_t rows, columns, block_out, block_in;
-    const uint8_t* codes;    // [rows / block_out, columns / (TILE / block_out), 16 bits]
+    const uint8_t* codes;    // [rows / block_out, columns / (TILE / block_out), trellis_stride]
     const uint16_t* scales;  // float16 [rows / block_out, columns / block_in]
     const float* signs_in;   // +- block_in^-1/2 [columns]
     const float* signs_out;  // +- block_out^-1/2 [rows]
-    const int32_t* indptr;   // CSR as in Weights
-    const void* indices;
-    bool wide_indices;
-    const uint16_t* values;
+    Sparse sparse;
 };
 
-// One instruction set; arrays are by bits - 1.
-struct TrellisTier {
-    // out [batch, rows] of the row blocks begin ... end - 1, rotated back, residual included. `x` is as given, `rotated`
-    // is x times signs through the Hadamard transform, both [batch, columns]. sums: 2 batch block_out floats.
-    void (*linear[6])(const Trellis&, const float* x, const float* rotated, int64_t batch, int64_t begin,
-                      int64_t end, float* out, float* sums);
+// Rotated activations as integers of one or two words of 16 bits: word 0 times 2^15 (or alone), plus word 1.
+struct TrellisActivations {
+    int64_t batch;
+    int count;              // words of an activation
+    const int32_t* words;   // [columns / block_in, batch, count, block_in], each word twice
+    const float* scales;    // [columns / block_in, batch]
+    const int32_t* sums;    // [columns / block_in, batch, count] 510 times the words' sum
+    const float* x;         // [batch, columns] as they are
+};
+
+// ---- one instruction set -------------------------------------------------------------------------------------
+
+struct Tier {
+    const char* name;
+    // bytes, scales and sums of an Activations from its x
+    void (*quantize)(const float* x, int64_t batch, int64_t columns, int planes, int parts, int8_t* bytes,
+                     float* scales, float* sums);
+    // y[m, n] for the rows n of the windows begin ... end - 1 and all m; sums: batch * WINDOW floats of scratch
+    void (*linear)(const Weights&, const Activations&, int64_t begin, int64_t end, int dtype, void* y, float* sums);
+    // out[i - first] = row ids[i] (or row i, without ids) for i in [begin, end); line: columns floats of scratch
+    void (*dequantize)(const Weights&, const int64_t* ids, int64_t first, int64_t begin, int64_t end, int dtype,
+                       void* out, float* line);
+    void (*widen)(int dtype, const void* in, float* out, int64_t count);
+    // sums[m, row] += sparse part of a window of rows times x[m], the columns of a row of sums being `stride` apart
+    void (*sparse)(const Sparse&, int64_t window, const float* x, int64_t batch, int64_t columns, float* sums,
+                   int64_t stride);
+
+    // x [count, columns] times signs, then through the Hadamard transform of every block, without its factor
+    void (*rotate)(int64_t count, int64_t columns, int64_t block, const float* signs, float* x);
+    // the transform first, then signs
+    void (*rotate_back)(int64_t count, int64_t columns, int64_t block, const float* signs, float* x);
+    // words, scales and sums of a TrellisActivations from its rotated x
+    void (*quantize_words)(const float* rotated, int64_t batch, int64_t columns, int64_t block, int count,
+                           int32_t* words, float* scales, int32_t* sums);
+    // y[m, n] for the rows n of the units begin ... end - 1 and all m; sums: batch * trellis_unit floats of scratch
+    void (*trellis_linear)(const Trellis&, const TrellisActivations&, int64_t begin, int64_t end, int dtype, void* y,
+                           float* sums);
     // out [.., columns]: rotated weights of the row blocks begin ... end - 1, from block `begin` on
-    void (*dequantize[6])(const Trellis&, int64_t begin, int64_t end, float* out);
+    void (*trellis_dequantize)(const Trellis&, int64_t begin, int64_t end, float* out);
 };
-
-extern const TrellisTier SCALAR_TRELLIS;
-#if defined(__x86_64__)
-extern const TrellisTier AVX2_TRELLIS;
-extern const TrellisTier AVX512_TRELLIS;
-#endif
-
-// scales and zero points of a tile of rows, then one row of weights
-inline int64_t scratch_floats(const Plan& plan, int64_t columns) {
-    return 2 * MAX_ROW_TILE * plan.groups + columns;
-}
 
 extern const Tier SCALAR_TIER;
 #if defined(__x86_64__)

@@ -9,44 +9,88 @@
 namespace requant {
 namespace {
 
-typedef float Vector16 __attribute__((vector_size(64)));
-
-template <int BITS>
-struct CoderScalar;
-
 struct Scalar {
-    static constexpr int width = 16, row_tile = 1, batch_tile = 2;
-    using vec = Vector16;
-    template <int BITS>
-    using Coder = CoderScalar<BITS>;
+    static constexpr int rows = 1;
+    static constexpr bool splits_bytes = false;
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    typedef uint16_t Shorts __attribute__((vector_size(16)));
+    typedef int32_t Ints __attribute__((vector_size(16)));
+    typedef float Floats __attribute__((vector_size(16)));
 
-    template <int K>
-    static REQUANT_INLINE Words windows(const uint8_t* p) {
-        Words out;
-        for (int i = 0; i < WIDTH; ++i) {
-            uint32_t word;
-            __builtin_memcpy(&word, p + i * K / 8, 4);
-            out[i] = word >> (i * K % 8);
-        }
-        return out;
-    }
-
-    static REQUANT_INLINE vec zero() { return vec{}; }
-    static REQUANT_INLINE vec load(const float* p) {
-        vec out;
+    static REQUANT_INLINE Shorts shorts(Bytes v) { return Shorts(v); }
+    static REQUANT_INLINE Bytes bytes(Shorts v) { return Bytes(v); }
+    static REQUANT_INLINE Bytes splat_byte(uint8_t v) { return Bytes{} + v; }
+    static REQUANT_INLINE Bytes load(const uint8_t* p) {
+        Bytes out;
         __builtin_memcpy(&out, p, sizeof out);
         return out;
     }
-    static REQUANT_INLINE void store(float* p, const vec& value) { __builtin_memcpy(p, &value, sizeof value); }
-    static REQUANT_INLINE vec fma(const vec& a, const vec& b, const vec& c) { return c + a * b; }
-    static float sum(const vec& in) {
-        vec value = in;
-        for (int half = 8; half; half /= 2)
-            for (int i = 0; i < half; ++i) value[i] += value[i + half];
-        return value[0];
+    static REQUANT_INLINE Bytes repeat(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
+    static REQUANT_INLINE Bytes widen(const uint8_t* p) { return Row::widen(p); }
+    static REQUANT_INLINE Bytes lookup(Bytes table, Bytes code) { return __builtin_shuffle(table, code); }
+
+    template <int MAX>
+    struct Dot {
+        using Sums = Ints;
+        static REQUANT_INLINE Sums none() { return Ints{}; }
+        static REQUANT_INLINE Sums add(Sums sum, Bytes weight, Bytes x) {
+            for (int i = 0; i < 16; ++i) sum[i / 4] += int32_t(weight[i]) * int8_t(x[i]);
+            return sum;
+        }
+        static REQUANT_INLINE Ints of(Sums sum) { return sum; }
+    };
+
+    static REQUANT_INLINE Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
+    static REQUANT_INLINE Floats splat(float v) { return Floats{v, v, v, v}; }
+    static REQUANT_INLINE Floats quad(const float* p) {
+        Floats out;
+        __builtin_memcpy(&out, p, sizeof out);
+        return out;
     }
-    static REQUANT_INLINE void sum4(const vec& a, const vec& b, const vec& c, const vec& d, float* out) {
-        out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+    struct Tile {
+        float row[TILE_ROWS];
+    };
+    static REQUANT_INLINE Tile tile_halves(const uint16_t* p) {
+        Tile out;
+        for (int r = 0; r < TILE_ROWS; ++r) out.row[r] = half_to_float(p[r]);
+        return out;
+    }
+    static REQUANT_INLINE Tile tile_bytes(const uint8_t* p) {
+        Tile out;
+        for (int r = 0; r < TILE_ROWS; ++r) out.row[r] = float(p[r]);
+        return out;
+    }
+    static REQUANT_INLINE Floats spread(const Tile& tile, int n) { return splat(tile.row[n]); }
+    static REQUANT_INLINE Floats mul(Floats a, Floats b) { return a * b; }
+    static REQUANT_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+    static REQUANT_INLINE void totals(Floats v, float* out) { *out = (v[0] + v[1]) + (v[2] + v[3]); }
+    template <class Index>
+    static REQUANT_INLINE void sparse_dot(const Index* columns, const uint16_t* values, int32_t count, const float* x,
+                                          float* out) {
+        for (int l = 0; l < STEP; ++l) out[l] = 0;
+        for (int32_t e = 0; e < count; ++e) out[e % STEP] += half_to_float(values[e]) * x[columns[e]];
+    }
+
+    static constexpr int lanes = 4;
+    typedef uint32_t Lanes __attribute__((vector_size(16)));
+    template <int K>
+    static REQUANT_INLINE Lanes windows(const uint8_t* p, int v) {
+        Lanes out;
+        for (int i = 0; i < lanes; ++i) {
+            const int bit = (v * lanes + i) * K;
+            uint32_t word;
+            __builtin_memcpy(&word, p + bit / 8, 4);
+            out[i] = word >> (bit % 8);
+        }
+        return out;
+    }
+    static REQUANT_INLINE Lanes hashed(Lanes windows, uint32_t mask) { return (windows & mask) * 0x83DCD12Du; }
+    static REQUANT_INLINE Lanes byte_pairs(Lanes words) { return (words & 0x00ff00ffu) + (words >> 8 & 0x00ff00ffu); }
+    static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
+        return sum + ((pairs & 0xffffu) + (pairs >> 16)) * uint32_t(int16_t(x));
+    }
+    static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
+        for (int i = 0; i < lanes; ++i) to[i] += float(int32_t(sum[i] - uint32_t(less))) * factor;
     }
 
     static REQUANT_INLINE float half_to_float(uint16_t half) {
@@ -83,61 +127,8 @@ struct Scalar {
     }
 };
 
-template <int BITS>
-struct CoderScalar {
-    struct Part {
-        float entry[1 << BITS];
-    };
-    struct Raw {
-        uint32_t lane[16];
-    };
-
-    static REQUANT_INLINE Part uniform(float scale, float zero) {
-        Part part;
-        for (int i = 0; i < 1 << BITS; ++i) part.entry[i] = (float(i) - zero) * scale;
-        return part;
-    }
-    static REQUANT_INLINE Part lut(const uint16_t* table) {
-        Part part;
-        for (int i = 0; i < 1 << BITS; ++i) part.entry[i] = Scalar::half_to_float(table[i]);
-        return part;
-    }
-    static __attribute__((noinline)) Raw load(const uint8_t* p, int) {
-        Raw raw;
-        for (int i = 0; i < 16; ++i) {
-            raw.lane[i] = 0;
-            for (int b = 0; b < BITS; ++b) raw.lane[i] |= uint32_t(p[i * BITS + b]) << (8 * b);
-        }
-        return raw;
-    }
-    // one copy: the unrolled callers would multiply sixteen table look-ups by some hundred
-    static __attribute__((noinline)) Vector16 weight(const Part& part, const Raw& raw, int j) {
-        Vector16 out;
-        for (int i = 0; i < 16; ++i) out[i] = part.entry[raw.lane[i] >> (BITS * j) & ((1 << BITS) - 1)];
-        return out;
-    }
-};
-
-template <>
-struct CoderScalar<8> {
-    struct Part {
-        float scale, zero;
-    };
-    using Raw = const uint8_t*;
-
-    static REQUANT_INLINE Part uniform(float scale, float zero) { return {scale, zero}; }
-    static REQUANT_INLINE Part lut(const uint16_t*) { return Part{}; }
-    static REQUANT_INLINE Raw load(const uint8_t* p, int) { return p; }
-    static __attribute__((noinline)) Vector16 weight(Part part, Raw raw, int j) {
-        Vector16 out;
-        for (int i = 0; i < 16; ++i) out[i] = (float(raw[j * LANES + i]) - part.zero) * part.scale;
-        return out;
-    }
-};
-
 }  // namespace
 
 extern const Tier SCALAR_TIER = make_tier<Scalar>("scalar");
-extern const TrellisTier SCALAR_TRELLIS = make_trellis_tier<Scalar>();
 
 }  // namespace requant

@@ -5,12 +5,18 @@
 // would merge an instance that was compiled for AVX-512 into code that runs everywhere.
 //
 // S provides
-//   width                      floats in a vector, 8 or 16
-//   row_tile, batch_tile       rows x batch computed together, as far as the registers reach
-//   vec, zero, load, store, fma, sum, sum4
-//   Coder<BITS>                Part (what turns codes into weights: a table), Raw (a loaded segment),
-//                              uniform(scale, zero), lut(table), load(codes, half), weight(part, raw, j)
-//   half_to_float, float_to_half (scalars), widen_half, widen_bfloat, narrow_half, narrow_bfloat
+//   rows                            rows of a vector: 1, 2 or 4
+//   Bytes, Ints, Floats             16, 4 and 4 lanes a row; & and | work on Bytes, << and >> on Shorts
+//   Shorts                          Bytes as 16-bit lanes
+//   load, repeat, widen, lookup     codes; 16 activations for every row; 8 bytes a row to 16-bit lanes; table entries
+//   Dot<MAX>                        sums of the products of a block's weights up to MAX and activations
+//   splits_bytes                    whether weights of 8 bits have to come as two of 4
+//   floats, splat, quad             of Ints; of a number; of four numbers for every row
+//   Tile, tile_halves, tile_bytes   16 floats, one a row, from float16 or bytes
+//   spread                          those of the n-th vector of rows, in all lanes of a row
+//   mul, fma, totals                the sum of the lanes of every row
+//   sparse_dot                      sums of 16 lanes
+//   half_to_float, float_to_half, widen_half, widen_bfloat, narrow_half, narrow_bfloat
 #pragma once
 
 #define REQUANT_INLINE inline __attribute__((always_inline))
@@ -70,245 +76,422 @@ void narrow(int dtype, const float* in, void* out, int64_t count) {
         S::narrow_half(in, static_cast<uint16_t*>(out), count);
 }
 
-// ---- quantization parameters of a tile of rows -------------------------------------------------------------
+// ---- activations -------------------------------------------------------------------------------------------
 
-// Scales and zero points of `rows` rows as floats: a broadcast from memory is then one operand of one
-// instruction, where a broadcast of a half or a byte takes several.
+// The chunk's values against the largest of them, in `planes` bytes; the most significant ends at 127, so that no
+// byte leaves [-128, 127]. A NaN or an infinity makes the scale NaN, and with it the whole row of the result.
 template <class S>
-REQUANT_INLINE void load_groups(const Weights& w, int64_t groups, int64_t row, int rows, float* scales,
-                                float* zeros) {
-    S::widen_half(w.scales + row * groups, scales, rows * groups);
-    const uint8_t* in = w.zeros + row * groups;
-    for (int64_t i = 0; i < rows * groups; ++i) zeros[i] = float(in[i]);
-}
+void quantize(const float* x, int64_t batch, int64_t columns, int planes, int parts, int8_t* bytes, float* scales,
+              float* sums) {
+    const int64_t chunks = chunks_of(columns);
+    const float top = planes == 1 ? 127.0f : planes == 2 ? 127.0f * 256 : 127.0f * 65536;
+    for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t m = 0; m < batch; ++m) {
+            const int64_t here = c * batch + m;
+            float values[CHUNK];
+            const int64_t count = columns - c * CHUNK < CHUNK ? columns - c * CHUNK : CHUNK;
+            __builtin_memcpy(values, x + m * columns + c * CHUNK, size_t(count) * 4);
+            if (count < CHUNK) __builtin_memset(values + count, 0, size_t(CHUNK - count) * 4);
 
-// ---- linear ------------------------------------------------------------------------------------------------
-
-template <class S, int M, class Index>
-REQUANT_INLINE void sparse_dot(const Weights& w, const Input& in, int64_t row, int64_t batch, float* sums) {
-    const Index* columns = static_cast<const Index*>(w.indices);
-    const float* x = in.x + batch * in.stride;
-    float part[M] = {};
-    for (int64_t e = w.indptr[row]; e < w.indptr[row + 1]; ++e) {
-        const float value = S::half_to_float(w.values[e]);
-        const float* column = x + columns[e];
-        for (int m = 0; m < M; ++m) part[m] += value * column[m * in.stride];
-    }
-    for (int m = 0; m < M; ++m) sums[m] += part[m];
-}
-
-// R rows times M activations. The weights of a vector are decoded once and used M times; the activations of a
-// vector are loaded once and used R times. PARTS is 0 for LUT (one table a row), else groups in a segment.
-template <class S, int BITS, int PARTS, int R, int M>
-void linear_tile(const Weights& w, const Plan& plan, const Input& in, int64_t row, int64_t batch,
-                 const float* scales, const float* zeros, int dtype, void* y, int64_t y_stride) {
-    using Coder = typename S::template Coder<BITS>;
-    using vec = typename S::vec;
-    constexpr int P = PARTS == 0 ? 1 : PARTS;
-    constexpr int PER_PART = CODES / P;
-    constexpr int64_t SEGMENT_BYTES = BLOCK * BITS / 8;
-
-    vec acc[R][M];
-    typename Coder::Part part[R];
-    const uint8_t* codes[R];
-    for (int r = 0; r < R; ++r) {
-        codes[r] = w.codes + (row + r) * plan.row_bytes;
-        if (PARTS == 0) part[r] = Coder::lut(w.scales + ((row + r) << BITS));
-        for (int m = 0; m < M; ++m) acc[r][m] = S::zero();
-    }
-    const int64_t ahead = R * plan.row_bytes;  // the same place in the next tile of rows
-    const int32_t* group = plan.group_of_part;
-
-    const int64_t segments = plan.full + plan.tails;
-    for (int64_t s = 0; s < segments; ++s) {
-        const bool full = s < plan.full;
-        const int64_t offset = full ? s * SEGMENT_BYTES : plan.tail[s - plan.full].offset;
-        const int64_t stride = full ? in.stride : in.tail_stride;
-        const float* x = full ? in.x + batch * in.stride + s * BLOCK
-                              : in.tail + batch * in.tail_stride + (s - plan.full) * BLOCK;
-#pragma GCC unroll 2
-        for (int h = 0; h < LANES / S::width; ++h) {
-            typename Coder::Raw raw[R];
-            for (int r = 0; r < R; ++r) {
-                __builtin_prefetch(codes[r] + offset + ahead + 64 * h);
-                raw[r] = Coder::load(codes[r] + offset, h);
+            float largest[STEP] = {}, poison[STEP] = {};
+            for (int64_t i = 0; i < CHUNK; i += STEP)
+                for (int64_t j = 0; j < STEP; ++j) {
+                    const float magnitude = __builtin_fabsf(values[i + j]);
+                    largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+                    poison[j] += values[i + j] * 0.0f;
+                }
+            for (int64_t j = 1; j < STEP; ++j) {
+                largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+                poison[0] += poison[j];
             }
-#pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) {
-                if (PARTS != 0)
-                    for (int r = 0; r < R; ++r) {
-                        const int64_t g = r * plan.groups + group[p];
-                        part[r] = Coder::uniform(scales[g], zeros[g]);
-                    }
-#pragma GCC unroll 8
-                for (int jj = 0; jj < PER_PART; ++jj) {
-                    const int j = p * PER_PART + jj;
-                    vec weight[R];
-                    for (int r = 0; r < R; ++r) weight[r] = Coder::weight(part[r], raw[r], j);
-                    for (int m = 0; m < M; ++m) {
-                        const vec value = S::load(x + m * stride + j * LANES + h * S::width);
-                        for (int r = 0; r < R; ++r) acc[r][m] = S::fma(weight[r], value, acc[r][m]);
-                    }
+            const bool finite = poison[0] == 0.0f;
+            scales[here] = finite ? largest[0] / top : bits_to_float(0x7fc00000u);
+            // a quotient of two small numbers may be infinite where the smaller one is subnormal
+            const float inverse = top / largest[0];
+            const float factor = finite && inverse < 3e38f ? inverse : 0.0f;
+
+            int32_t whole[CHUNK];
+            for (int64_t i = 0; i < CHUNK; ++i)
+                whole[i] = int32_t(__builtin_nearbyintf(finite ? values[i] * factor : 0.0f));
+            float* sum = sums + here * parts * 4;
+            for (int part = 0; part < parts; ++part)
+                for (int lane = 0; lane < 4; ++lane) {
+                    float total = 0;
+                    for (int64_t i = part * CHUNK / parts; i < (part + 1) * CHUNK / parts; i += STEP)
+                        for (int64_t j = 4 * lane; j < 4 * lane + 4; ++j) total -= float(whole[i + j]);
+                    sum[4 * part + lane] = total;
+                }
+            for (int plane = planes - 1; plane >= 0; --plane) {
+                int8_t* out = bytes + (here * planes + plane) * CHUNK;
+                for (int64_t i = 0; i < CHUNK; ++i) {
+                    out[i] = int8_t(whole[i]);
+                    whole[i] = (whole[i] - out[i]) >> 8;
                 }
             }
         }
-        group += P;
-    }
+}
 
-    float sums[R][M];
-    for (int m = 0; m < M; ++m) {
-        if (R == 4) {
-            float four[4];
-            S::sum4(acc[0][m], acc[1 % R][m], acc[2 % R][m], acc[3 % R][m], four);
-            for (int r = 0; r < R; ++r) sums[r][m] = four[r];
-        } else {
-            for (int r = 0; r < R; ++r) sums[r][m] = S::sum(acc[r][m]);
-        }
+// ---- codes -------------------------------------------------------------------------------------------------
+
+// The codes of a vector in the four steps of a block. V is a vector type of `rows` rows.
+template <class V, int BITS, int ROWS>
+struct Block;
+
+template <class V, int ROWS>
+struct Block<V, 2, ROWS> {
+    typename V::Shorts line;
+    REQUANT_INLINE Block(const uint8_t* p, int v) : line(V::shorts(V::load(p + v * 16 * ROWS))) {}
+    template <int C>
+    REQUANT_INLINE typename V::Bytes step() const {
+        return V::bytes(line >> (2 * C)) & V::splat_byte(3);
     }
-    for (int r = 0; r < R; ++r) {
-        if (w.indptr) {
-            if (w.wide_indices)
-                sparse_dot<S, M, int32_t>(w, in, row + r, batch, sums[r]);
+};
+
+template <class V, int ROWS>
+struct Block<V, 3, ROWS> {
+    typename V::Shorts line, upper;
+    REQUANT_INLINE Block(const uint8_t* p, int v) : line(V::shorts(V::load(p + v * 16 * ROWS))) {
+        const typename V::Shorts bits = V::shorts(V::widen(p + 64 + v * 8 * ROWS));
+        upper = bits | bits << 4;
+    }
+    template <int C>
+    REQUANT_INLINE typename V::Bytes step() const {
+        const typename V::Shorts bit = C < 2 ? upper << (C < 2 ? 2 - C : 0) : upper >> (C < 2 ? 0 : C - 2);
+        return (V::bytes(line >> (2 * C)) & V::splat_byte(3)) | (V::bytes(bit) & V::splat_byte(4));
+    }
+};
+
+template <class V, int ROWS>
+struct Block<V, 4, ROWS> {
+    typename V::Shorts line[2];
+    REQUANT_INLINE Block(const uint8_t* p, int v)
+        : line{V::shorts(V::load(p + v * 16 * ROWS)), V::shorts(V::load(p + 64 + v * 16 * ROWS))} {}
+    template <int C>
+    REQUANT_INLINE typename V::Bytes step() const {
+        return V::bytes(C % 2 ? line[C / 2] >> 4 : line[C / 2]) & V::splat_byte(15);
+    }
+};
+
+template <class V, int ROWS>
+struct Block<V, 8, ROWS> {
+    const uint8_t* at;
+    REQUANT_INLINE Block(const uint8_t* p, int v) : at(p + v * 16 * ROWS) {}
+    template <int C>
+    REQUANT_INLINE typename V::Bytes step() const {
+        return V::load(at + 64 * C);
+    }
+};
+
+// ---- products ----------------------------------------------------------------------------------------------
+
+constexpr int64_t AHEAD = 4096;  // bytes from a load to what is fetched for later
+
+// Entries have PLANES bytes of 7 bits. Of `depth` bytes the lower ones are cut off: what they stood for is half a unit
+// on average.
+constexpr float table_unit(int depth) { return depth == PLANES ? 1.0f : 1 << (TABLE_SHIFT * (PLANES - depth)); }
+constexpr float table_middle(int depth) {
+    return (1 << (TABLE_SHIFT * depth - 1)) - (depth == PLANES ? 0.0f : 0.5f);
+}
+
+// What a weight is made of: bytes whose sum, each times its factor, is the integer that is multiplied.
+template <class S, int KIND, int BITS, int DEPTH>
+struct Form {
+    static constexpr bool split = KIND == UNIFORM && BITS == 8 && S::splits_bytes;
+    static constexpr int count = KIND == LUT ? DEPTH : split ? 2 : 1;
+    static constexpr int most = KIND == LUT ? 127 : BITS == 8 && !split ? 255 : 15;
+    static constexpr float factor = KIND == LUT ? 1 << TABLE_SHIFT : 16;  // of a part, in terms of the next
+};
+
+template <class S, int KIND, int BITS, int DEPTH, int C>
+REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const typename S::Bytes* table,
+                                typename S::Bytes (*out)[STEPS]) {
+    using Made = Form<S, KIND, BITS, DEPTH>;
+    const typename S::Bytes code = codes.template step<C>();
+    if constexpr (KIND == LUT) {
+        for (int d = 0; d < DEPTH; ++d) out[d][C] = S::lookup(table[d], code);
+    } else if constexpr (Made::split) {
+        out[0][C] = S::bytes(S::shorts(code) >> 4) & S::splat_byte(15);
+        out[1][C] = code & S::splat_byte(15);
+    } else {
+        out[0][C] = code;
+    }
+}
+
+// Rows of a tile, x rows m: sums[v][m] += what the chunk adds.
+template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS>
+REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t tile, int64_t c,
+                               const typename S::Bytes (*tables)[PLANES], const typename S::Floats* middle,
+                               typename S::Floats* sums) {
+    using Made = Form<S, KIND, BITS, DEPTH>;
+    using Bytes = typename S::Bytes;
+    using Floats = typename S::Floats;
+    using Dot = typename S::template Dot<Made::most>;
+    constexpr int VECTORS = BLOCK_ROWS / S::rows, COUNT = TILE_ROWS / S::rows;
+    const int64_t chunks = w.chunks(), groups = w.groups(), batch = in.batch;
+    const uint8_t* codes = w.codes + (tile * chunks + c) * tile_chunk_bytes(BITS);
+    const int8_t* x = in.bytes + c * batch * P * CHUNK;
+    const float* scales = in.scales + c * batch;
+    const float* x_sums = in.sums + c * batch * PARTS * 4;
+
+    typename S::Tile tile_scales[PARTS], tile_zeros[PARTS];
+    if constexpr (KIND == UNIFORM)
+        for (int part = 0; part < PARTS; ++part) {
+            int64_t group = (c * CHUNK + part * (CHUNK / PARTS)) / w.group_size;
+            group = group < groups ? group : groups - 1;  // padding: any group will do
+            tile_scales[part] = S::tile_halves(w.scales + (tile * groups + group) * TILE_ROWS);
+            tile_zeros[part] = S::tile_bytes(w.zeros + (tile * groups + group) * TILE_ROWS);
+        }
+#pragma GCC unroll 8
+    for (int n = 0; n < COUNT; ++n) {
+        const int v = n % VECTORS;
+        const uint8_t* block = codes + n / VECTORS * (32 * BITS);
+        for (int o = 64 * v; o < 32 * BITS; o += 64 * VECTORS) __builtin_prefetch(block + AHEAD + o);
+        const Block<S, BITS, S::rows> raw(block, v);
+        Bytes weight[Made::count][STEPS];
+        weight_step<S, KIND, BITS, DEPTH, 0>(raw, tables[n], weight);
+        weight_step<S, KIND, BITS, DEPTH, 1>(raw, tables[n], weight);
+        weight_step<S, KIND, BITS, DEPTH, 2>(raw, tables[n], weight);
+        weight_step<S, KIND, BITS, DEPTH, 3>(raw, tables[n], weight);
+
+        Floats scale[PARTS], zero[PARTS];
+        for (int part = 0; part < PARTS; ++part) {
+            if constexpr (KIND == UNIFORM)
+                scale[part] = S::spread(tile_scales[part], n), zero[part] = S::spread(tile_zeros[part], n);
             else
-                sparse_dot<S, M, uint16_t>(w, in, row + r, batch, sums[r]);
+                zero[part] = *middle;
         }
-        for (int m = 0; m < M; ++m) put<S>(y, (batch + m) * y_stride + row + r, dtype, sums[r][m]);
-    }
-}
-
-template <class S, int BITS, int PARTS, int R>
-void linear_row_tile(const Weights& w, const Plan& plan, const Input& in, int64_t row, int dtype, void* y,
-                     int64_t y_stride, float* scratch) {
-    float* zeros = scratch + R * plan.groups;
-    if (PARTS != 0) load_groups<S>(w, plan.groups, row, R, scratch, zeros);
-    int64_t m = 0;
-    if constexpr (S::batch_tile >= 4)
-        for (; m + 4 <= in.batch; m += 4)
-            linear_tile<S, BITS, PARTS, R, 4>(w, plan, in, row, m, scratch, zeros, dtype, y, y_stride);
-    for (; m + 2 <= in.batch; m += 2)
-        linear_tile<S, BITS, PARTS, R, 2>(w, plan, in, row, m, scratch, zeros, dtype, y, y_stride);
-    for (; m < in.batch; ++m)
-        linear_tile<S, BITS, PARTS, R, 1>(w, plan, in, row, m, scratch, zeros, dtype, y, y_stride);
-}
-
-template <class S, int BITS, int PARTS>
-void linear_rows(const Weights& w, const Plan& plan, const Input& in, int64_t begin, int64_t end, int dtype,
-                 void* y, int64_t y_stride, float* scratch) {
-    int64_t row = begin;
-    for (; row + S::row_tile <= end; row += S::row_tile)
-        linear_row_tile<S, BITS, PARTS, S::row_tile>(w, plan, in, row, dtype, y, y_stride, scratch);
-    for (; row < end; ++row)
-        linear_row_tile<S, BITS, PARTS, 1>(w, plan, in, row, dtype, y, y_stride, scratch);
-}
-
-// ---- dequantize --------------------------------------------------------------------------------------------
-
-template <class S, int BITS, int PARTS>
-void dequantize_row(const Weights& w, const Plan& plan, int64_t row, float* out, float* scratch) {
-    using Coder = typename S::template Coder<BITS>;
-    constexpr int P = PARTS == 0 ? 1 : PARTS;
-    constexpr int PER_PART = CODES / P;
-    float* zeros = scratch + plan.groups;
-    typename Coder::Part part;
-    if (PARTS == 0)
-        part = Coder::lut(w.scales + (row << BITS));
-    else
-        load_groups<S>(w, plan.groups, row, 1, scratch, zeros);
-    const uint8_t* codes = w.codes + row * plan.row_bytes;
-    const int32_t* group = plan.group_of_part;
-    float spread[BLOCK] = {};
-    for (int64_t s = 0; s < plan.full + plan.tails; ++s, group += P) {
-        const bool full = s < plan.full;
-        const Tail* tail = full ? nullptr : &plan.tail[s - plan.full];
-        const int64_t offset = full ? s * (BLOCK * BITS / 8) : tail->offset;
-        float* to = full ? out + s * BLOCK : spread;
-#pragma GCC unroll 2
-        for (int h = 0; h < LANES / S::width; ++h) {
-            const typename Coder::Raw raw = Coder::load(codes + offset, h);
+        for (int64_t m = 0; m < batch; ++m) {
+            const Floats x_scale = S::splat(scales[m]);
+            Floats sum = sums[n * batch + m];
+            for (int part = 0; part < PARTS; ++part) {
+                Floats total;
+                for (int d = 0; d < Made::count; ++d) {
+                    Floats across;
+                    for (int p = 0; p < P; ++p) {
+                        typename Dot::Sums dot = Dot::none();
 #pragma GCC unroll 4
-            for (int p = 0; p < P; ++p) {
-                if (PARTS != 0) part = Coder::uniform(scratch[group[p]], zeros[group[p]]);
-#pragma GCC unroll 8
-                for (int jj = 0; jj < PER_PART; ++jj) {
-                    const int j = p * PER_PART + jj;
-                    S::store(to + j * LANES + h * S::width, Coder::weight(part, raw, j));
+                        for (int s = part * (STEPS / PARTS); s < (part + 1) * (STEPS / PARTS); ++s)
+                            dot = Dot::add(dot, weight[d][s], S::repeat(x + (m * P + p) * CHUNK + s * STEP));
+                        const Floats one = S::floats(Dot::of(dot));
+                        across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
+                    }
+                    total = d == 0 ? across : S::fma(total, S::splat(Made::factor), across);
                 }
+                // less the activations' sums times the zero point, or the middle of the table's range
+                total = S::fma(zero[part], S::quad(x_sums + (m * PARTS + part) * 4), total);
+                if constexpr (KIND == UNIFORM)
+                    sum = S::fma(total, S::mul(scale[part], x_scale), sum);
+                else
+                    sum = S::fma(total, x_scale, sum);
             }
+            sums[n * batch + m] = sum;
         }
-        if (!full)
-            for (int j = 0; j < CODES; ++j)
-                for (int i = 0; i < tail->lanes; ++i) {
-                    const int64_t column = tail->start + j * tail->lanes + i;
-                    if (column < w.columns) out[column] = spread[j * LANES + i];
-                }
     }
 }
 
 template <class S, class Index>
-void add_sparse(const Weights& w, int64_t row, float* out) {
-    const Index* columns = static_cast<const Index*>(w.indices);
-    for (int64_t e = w.indptr[row]; e < w.indptr[row + 1]; ++e) out[columns[e]] += S::half_to_float(w.values[e]);
+REQUANT_INLINE void sparse_slices(const Sparse& sparse, int64_t window, const float* x, int64_t batch,
+                                  int64_t columns, float* sums, int64_t stride) {
+    const Index* at = static_cast<const Index*>(sparse.columns);
+    for (int64_t m = 0; m < batch; ++m)
+        for (int32_t slice = sparse.windows[window]; slice < sparse.windows[window + 1]; ++slice) {
+            float lanes[STEP];
+            S::sparse_dot(at + sparse.begins[slice], sparse.values + sparse.begins[slice],
+                          sparse.begins[slice + 1] - sparse.begins[slice], x + m * columns, lanes);
+            const uint8_t* rows = sparse.rows + slice * int64_t(STEP);
+            for (int l = 0; l < STEP; ++l) sums[m * stride + rows[l]] += lanes[l];
+        }
 }
 
-template <class S, int BITS, int PARTS>
-void dequantize_rows(const Weights& w, const Plan& plan, const int64_t* ids, int64_t first, int64_t begin,
-                     int64_t end, int dtype, void* out, float* scratch) {
-    float* line = scratch + 2 * plan.groups;
+template <class S>
+void sparse_window(const Sparse& sparse, int64_t window, const float* x, int64_t batch, int64_t columns, float* sums,
+                   int64_t stride) {
+    if (sparse.wide)
+        sparse_slices<S, int32_t>(sparse, window, x, batch, columns, sums, stride);
+    else
+        sparse_slices<S, uint16_t>(sparse, window, x, batch, columns, sums, stride);
+}
+
+template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS>
+void linear_windows(const Weights& w, const Activations& in, int64_t begin, int64_t end, int dtype, void* y,
+                    float* sums) {
+    using Floats = typename S::Floats;
+    constexpr int COUNT = TILE_ROWS / S::rows;
+    const int64_t chunks = w.chunks(), tiles = w.tiles();
+    for (int64_t window = begin; window < end; ++window) {
+        const int64_t first = window * (WINDOW / TILE_ROWS);
+        const int64_t last = first + WINDOW / TILE_ROWS < tiles ? first + WINDOW / TILE_ROWS : tiles;
+        for (int64_t tile = first; tile < last; ++tile) {
+            typename S::Bytes tables[COUNT][PLANES];
+            Floats middle = S::splat(0.0f);
+            if constexpr (KIND == LUT) {
+                middle = S::splat(table_middle(DEPTH));
+                for (int n = 0; n < COUNT; ++n)
+                    for (int d = 0; d < DEPTH; ++d)
+                        tables[n][d] =
+                            S::load(w.zeros + ((tile * PLANES + d) * TILE_ROWS + n * S::rows) * ENTRIES);
+            }
+            Floats partial[COUNT * MAX_BATCH];
+            for (int64_t n = 0; n < COUNT * in.batch; ++n) partial[n] = S::splat(0.0f);
+            for (int64_t c = 0; c < chunks; ++c)
+                tile_chunk<S, KIND, BITS, DEPTH, P, PARTS>(w, in, tile, c, tables, &middle, partial);
+            for (int n = 0; n < COUNT; ++n)
+                for (int64_t m = 0; m < in.batch; ++m) {
+                    float* to = sums + m * WINDOW + (tile - first) * TILE_ROWS + n * S::rows;
+                    S::totals(partial[n * in.batch + m], to);
+                    if constexpr (KIND == LUT)
+                        for (int r = 0; r < S::rows; ++r)
+                            to[r] *= w.units[tile * TILE_ROWS + n * S::rows + r] * table_unit(DEPTH);
+                }
+        }
+        if (w.sparse.windows) sparse_window<S>(w.sparse, window, in.x, in.batch, w.columns, sums, WINDOW);
+        const int64_t rows = w.rows - window * WINDOW < WINDOW ? w.rows - window * WINDOW : WINDOW;
+        for (int64_t m = 0; m < in.batch; ++m) {
+            char* to = static_cast<char*>(y) + (m * w.rows + window * WINDOW) * (dtype == F32 ? 4 : 2);
+            narrow<S>(dtype, sums + m * WINDOW, to, rows);
+        }
+    }
+}
+
+// ---- dequantize --------------------------------------------------------------------------------------------
+
+// 16 bytes of one row, for the same on every instruction set.
+struct Row {
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    typedef uint16_t Shorts __attribute__((vector_size(16)));
+    static REQUANT_INLINE Shorts shorts(Bytes v) { return Shorts(v); }
+    static REQUANT_INLINE Bytes bytes(Shorts v) { return Bytes(v); }
+    static REQUANT_INLINE Bytes load(const uint8_t* p) {
+        Bytes out;
+        __builtin_memcpy(&out, p, 16);
+        return out;
+    }
+    static REQUANT_INLINE Bytes widen(const uint8_t* p) {
+        Shorts out;
+        for (int i = 0; i < 8; ++i) out[i] = p[i];
+        return Bytes(out);
+    }
+    static REQUANT_INLINE Bytes splat_byte(uint8_t v) { return Bytes{} + v; }
+};
+
+template <int BITS, int C>
+REQUANT_INLINE void row_step(const Block<Row, BITS, 1>& codes, uint8_t* out) {
+    const Row::Bytes step = codes.template step<C>();
+    __builtin_memcpy(out + C * STEP, &step, STEP);
+}
+
+template <class S, int KIND, int BITS>
+void dequantize_row(const Weights& w, int64_t row, float* out) {
+    const int64_t chunks = w.chunks(), groups = w.groups();
+    const int64_t tile = row / TILE_ROWS, r = row % TILE_ROWS;
+    const int64_t run = KIND == LUT || w.group_size % CHUNK == 0 ? CHUNK : CHUNK / 2;  // columns of one group
+    float table[1 << (KIND == LUT ? BITS : 0)];
+    if constexpr (KIND == LUT) S::widen_half(w.scales + (row << BITS), table, 1 << BITS);
+    for (int64_t c = 0; c < chunks; ++c) {
+        const uint8_t* block = w.codes + (tile * chunks + c) * tile_chunk_bytes(BITS) + r / BLOCK_ROWS * (32 * BITS);
+        const Block<Row, BITS, 1> raw(block, r % BLOCK_ROWS);
+        uint8_t codes[CHUNK];
+        row_step<BITS, 0>(raw, codes);
+        row_step<BITS, 1>(raw, codes);
+        row_step<BITS, 2>(raw, codes);
+        row_step<BITS, 3>(raw, codes);
+        float weights[CHUNK];
+        for (int64_t at = 0; at < CHUNK; at += run) {
+            if constexpr (KIND == LUT) {
+                for (int64_t i = 0; i < CHUNK; ++i) weights[i] = table[codes[i]];
+            } else {
+                int64_t group = (c * CHUNK + at) / w.group_size;
+                group = group < groups ? group : groups - 1;
+                const int64_t place = (tile * groups + group) * TILE_ROWS + r;
+                const float scale = S::half_to_float(w.scales[place]), zero = float(w.zeros[place]);
+                for (int64_t i = at; i < at + run; ++i) weights[i] = (float(codes[i]) - zero) * scale;
+            }
+        }
+        const int64_t count = w.columns - c * CHUNK < CHUNK ? w.columns - c * CHUNK : CHUNK;
+        __builtin_memcpy(out + c * CHUNK, weights, size_t(count) * 4);
+    }
+}
+
+template <class S, class Index>
+void add_sparse(const Sparse& sparse, int64_t row, float* out) {
+    const Index* columns = static_cast<const Index*>(sparse.columns);
+    const int64_t window = row / WINDOW, within = row % WINDOW;
+    for (int32_t slice = sparse.windows[window]; slice < sparse.windows[window + 1]; ++slice)
+        for (int l = 0; l < STEP; ++l) {
+            if (sparse.rows[slice * int64_t(STEP) + l] != within) continue;
+            // padding adds 0 to column 0
+            for (int32_t e = sparse.begins[slice] + l; e < sparse.begins[slice + 1]; e += STEP)
+                out[columns[e]] += S::half_to_float(sparse.values[e]);
+        }
+}
+
+template <class S, int KIND, int BITS>
+void dequantize_rows(const Weights& w, const int64_t* ids, int64_t first, int64_t begin, int64_t end, int dtype,
+                     void* out, float* line) {
     for (int64_t i = begin; i < end; ++i) {
         const int64_t row = ids ? ids[i] : i;
         const int64_t at = (i - first) * w.columns;
         float* to = dtype == F32 ? static_cast<float*>(out) + at : line;
-        dequantize_row<S, BITS, PARTS>(w, plan, row, to, scratch);
-        if (w.indptr) {
-            if (w.wide_indices)
-                add_sparse<S, int32_t>(w, row, to);
+        dequantize_row<S, KIND, BITS>(w, row, to);
+        if (w.sparse.windows) {
+            if (w.sparse.wide)
+                add_sparse<S, int32_t>(w.sparse, row, to);
             else
-                add_sparse<S, uint16_t>(w, row, to);
+                add_sparse<S, uint16_t>(w.sparse, row, to);
         }
         if (dtype != F32) narrow<S>(dtype, to, static_cast<uint16_t*>(out) + at, w.columns);
     }
 }
 
-// ---- dispatch on kind, bits and group size -----------------------------------------------------------------
+// ---- dispatch; kind, bits and planes were checked by the caller --------------------------------------------
 
-// Calls RUN<S, BITS, PARTS>(...) for the weight `w`; bits and kind were checked by the caller.
-#define REQUANT_SELECT_PARTS(RUN, BITS, ...)                    \
-    switch (plan.parts) {                                       \
-        case 1: return RUN<S, BITS, 1>(__VA_ARGS__);            \
-        case 2: return RUN<S, BITS, 2>(__VA_ARGS__);            \
-        default: return RUN<S, BITS, 4>(__VA_ARGS__);           \
-    }
-#define REQUANT_SELECT(RUN, ...)                                \
-    if (w.kind == LUT) switch (w.bits) {                        \
-            case 2: return RUN<S, 2, 0>(__VA_ARGS__);           \
-            case 3: return RUN<S, 3, 0>(__VA_ARGS__);           \
-            default: return RUN<S, 4, 0>(__VA_ARGS__);          \
-        }                                                       \
-    switch (w.bits) {                                           \
-        case 2: REQUANT_SELECT_PARTS(RUN, 2, __VA_ARGS__)       \
-        case 3: REQUANT_SELECT_PARTS(RUN, 3, __VA_ARGS__)       \
-        case 4: REQUANT_SELECT_PARTS(RUN, 4, __VA_ARGS__)       \
-        default: REQUANT_SELECT_PARTS(RUN, 8, __VA_ARGS__)      \
-    }
+template <class S, int KIND, int BITS, int DEPTH, int P>
+void linear_parts(const Weights& w, const Activations& in, int64_t begin, int64_t end, int dtype, void* y,
+                  float* sums) {
+    if constexpr (KIND == UNIFORM)
+        if (in.parts == 2) return linear_windows<S, KIND, BITS, DEPTH, P, 2>(w, in, begin, end, dtype, y, sums);
+    linear_windows<S, KIND, BITS, DEPTH, P, 1>(w, in, begin, end, dtype, y, sums);
+}
 
-template <class S>
-void linear(const Weights& w, const Plan& plan, const Input& in, int64_t begin, int64_t end, int dtype, void* y,
-            int64_t y_stride, float* scratch) {
-    REQUANT_SELECT(linear_rows, w, plan, in, begin, end, dtype, y, y_stride, scratch)
+template <class S, int KIND, int BITS>
+void linear_planes(const Weights& w, const Activations& in, int64_t begin, int64_t end, int dtype, void* y,
+                   float* sums) {
+    switch (in.planes) {
+        case 1: return linear_parts<S, KIND, BITS, 2, 1>(w, in, begin, end, dtype, y, sums);
+        case 2: return linear_parts<S, KIND, BITS, 2, 2>(w, in, begin, end, dtype, y, sums);
+        default: return linear_parts<S, KIND, BITS, 3, 3>(w, in, begin, end, dtype, y, sums);
+    }
 }
 
 template <class S>
-void dequantize(const Weights& w, const Plan& plan, const int64_t* ids, int64_t first, int64_t begin, int64_t end,
-                int dtype, void* out, float* scratch) {
-    REQUANT_SELECT(dequantize_rows, w, plan, ids, first, begin, end, dtype, out, scratch)
+void linear(const Weights& w, const Activations& in, int64_t begin, int64_t end, int dtype, void* y, float* sums) {
+    if (w.kind == LUT) switch (w.bits) {
+            case 2: return linear_planes<S, LUT, 2>(w, in, begin, end, dtype, y, sums);
+            case 3: return linear_planes<S, LUT, 3>(w, in, begin, end, dtype, y, sums);
+            default: return linear_planes<S, LUT, 4>(w, in, begin, end, dtype, y, sums);
+        }
+    switch (w.bits) {
+        case 2: return linear_planes<S, UNIFORM, 2>(w, in, begin, end, dtype, y, sums);
+        case 3: return linear_planes<S, UNIFORM, 3>(w, in, begin, end, dtype, y, sums);
+        case 4: return linear_planes<S, UNIFORM, 4>(w, in, begin, end, dtype, y, sums);
+        default: return linear_planes<S, UNIFORM, 8>(w, in, begin, end, dtype, y, sums);
+    }
 }
 
-#undef REQUANT_SELECT
-#undef REQUANT_SELECT_PARTS
-
 template <class S>
-constexpr Tier make_tier(const char* name) {
-    return Tier{name, S::row_tile, &linear<S>, &dequantize<S>, &widen<S>};
+void dequantize(const Weights& w, const int64_t* ids, int64_t first, int64_t begin, int64_t end, int dtype,
+                void* out, float* line) {
+    if (w.kind == LUT) switch (w.bits) {
+            case 2: return dequantize_rows<S, LUT, 2>(w, ids, first, begin, end, dtype, out, line);
+            case 3: return dequantize_rows<S, LUT, 3>(w, ids, first, begin, end, dtype, out, line);
+            default: return dequantize_rows<S, LUT, 4>(w, ids, first, begin, end, dtype, out, line);
+        }
+    switch (w.bits) {
+        case 2: return dequantize_rows<S, UNIFORM, 2>(w, ids, first, begin, end, dtype, out, line);
+        case 3: return dequantize_rows<S, UNIFORM, 3>(w, ids, first, begin, end, dtype, out, line);
+        case 4: return dequantize_rows<S, UNIFORM, 4>(w, ids, first, begin, end, dtype, out, line);
+        default: return dequantize_rows<S, UNIFORM, 8>(w, ids, first, begin, end, dtype, out, line);
+    }
 }
 
 }  // namespace

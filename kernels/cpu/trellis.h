@@ -1,48 +1,29 @@
 // The trellis kind: weights are windows of L bits in circular strings of 128 K bits, in coordinates rotated by block
 // Hadamard transforms (format/SPEC.md, section 4). Written once over a tier, like tier.h, and under the same rules.
 //
-// A tile is 16 K bytes, has as many rows as an output block and runs down its columns, so that 16 consecutive windows
-// are 16 output rows, one lane each, and meet one broadcast activation.
+// A string has as many rows as an output block and runs down its columns, so that 16 consecutive windows are 16 output
+// rows, one lane each, and meet one broadcast activation. The code is a sum of bytes: two instructions multiply it by a
+// 16-bit integer, so that 16 bits of an activation cost no more than 8.
 //
-// The tier S provides windows<K>(bytes): lane i holds the 32 bits from bit i K of the bytes on, of which the lowest L
-// are the window; it reads 16 bytes.
+// The tier S provides
+//   lanes               windows of a vector, a divisor of 16
+//   Lanes               32 bits in each
+//   windows<K>(p, v)    lane i holds the 32 bits from bit (v lanes + i) K of the bytes on, of which the lowest L are the
+//                       window; reads 16 bytes
+//   hashed(windows, mask)  their L bits times 0x83DCD12D: the byte sum, less 510, is the value of a state
+//   byte_pairs(words)   two sums of two bytes a lane
+//   dot(sum, pairs, x)  sum + both of them times x, which comes twice, as two 16-bit integers
+//   add_scaled(to, sum, less, factor)  to[i] += (sum[i] - less) * factor
 #pragma once
 
 namespace requant {
 namespace {
 
 constexpr int WIDTH = 16;
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
 
-REQUANT_INLINE Floats load16(const float* p) {
-    Floats out;
-    __builtin_memcpy(&out, p, sizeof out);
-    return out;
-}
-
-REQUANT_INLINE void store16(float* p, const Floats& value) { __builtin_memcpy(p, &value, sizeof value); }
-
-// ---- decoding ------------------------------------------------------------------------------------------------
-
-// 16 values: the byte sums of state * 0x83DCD12D, less their mean.
-REQUANT_INLINE Floats decode(const Words& windows, uint32_t mask) {
-    const Words product = (windows & mask) * 0x83DCD12Du;
-    const Words pairs = (product & 0x00ff00ffu) + ((product >> 8) & 0x00ff00ffu);
-    const Ints sum = Ints((pairs & 0xffffu) + (pairs >> 16)) - 510;
-    return __builtin_convertvector(sum, Floats);
-}
-
-// A tile, then its first bytes once more: the last windows run over the end.
-struct Unrolled {
-    uint8_t bytes[TILE * 6 / 8 + WIDTH];
-};
-
-template <int K>
-REQUANT_INLINE void unroll(const uint8_t* tile, Unrolled& out) {
-    __builtin_memcpy(out.bytes, tile, 16 * K);
-    __builtin_memcpy(out.bytes + 16 * K, tile, WIDTH);
+template <class S, int K>
+REQUANT_INLINE typename S::Lanes decoded(const uint8_t* p, int v, uint32_t mask) {
+    return S::byte_pairs(S::hashed(S::template windows<K>(p, v), mask));
 }
 
 // Orthogonal up to a factor that the signs carry.
@@ -56,78 +37,180 @@ REQUANT_INLINE void hadamard(float* x, int64_t block) {
             }
 }
 
-template <class S, class Index>
-REQUANT_INLINE float trellis_sparse_dot(const Trellis& w, int64_t row, const float* x) {
-    const Index* columns = static_cast<const Index*>(w.indices);
-    float sum = 0;
-    for (int64_t e = w.indptr[row]; e < w.indptr[row + 1]; ++e) sum += S::half_to_float(w.values[e]) * x[columns[e]];
-    return sum;
+// Rows [count, columns] times signs, then through the transform; in place.
+template <class S>
+void rotate(int64_t count, int64_t columns, int64_t block, const float* signs, float* x) {
+    for (int64_t m = 0; m < count; ++m)
+        for (int64_t at = 0; at < columns; at += block) {
+            float* here = x + m * columns + at;
+            for (int64_t i = 0; i < block; ++i) here[i] *= signs[at + i];
+            hadamard(here, block);
+        }
 }
 
-// out [batch, rows] of row blocks begin ... end - 1: rotated back, residual included. x is as given, rotated is
-// x · signs through the Hadamard transform; both [batch, columns]. sums: [batch][2][block_out] of scratch.
-template <class S, int K>
-void trellis_linear(const Trellis& w, const float* x, const float* rotated, int64_t batch, int64_t begin,
-                          int64_t end, float* out, float* sums) {
-    const uint32_t mask = (1u << w.state_bits) - 1;
-    const int64_t size = w.block_out, tile_columns = TILE / size;
-    const int64_t tiles = w.columns / tile_columns, groups = w.columns / w.block_in;
-    const int64_t tiles_in_group = w.block_in / tile_columns;
-    for (int64_t block = begin; block < end; ++block) {
-        __builtin_memset(sums, 0, sizeof(float) * size_t(2 * batch * size));
-        const uint8_t* tile = w.codes + block * tiles * 16 * K;
-        for (int64_t g = 0; g < groups; ++g) {
-            const float scale = S::half_to_float(w.scales[block * groups + g]);
-            float* part = sums + batch * size;
-            for (int64_t t = 0; t < tiles_in_group; ++t, tile += 16 * K) {
-                __builtin_prefetch(tile + 1024);
-                Unrolled string;
-                unroll<K>(tile, string);
-                const int64_t first = g * w.block_in + t * tile_columns;
-#pragma GCC unroll 8
-                for (int v = 0; v < TILE / WIDTH; ++v) {
-                    const Floats value = decode(S::template windows<K>(string.bytes + v * 2 * K), mask);
-                    const int64_t column = v * WIDTH / size, row = v * WIDTH % size;
-                    for (int64_t m = 0; m < batch; ++m) {
-                        float* to = part + m * size + row;
-                        store16(to, load16(to) + value * rotated[m * w.columns + first + column]);
-                    }
+template <class S>
+void rotate_back(int64_t count, int64_t columns, int64_t block, const float* signs, float* x) {
+    for (int64_t m = 0; m < count; ++m)
+        for (int64_t at = 0; at < columns; at += block) {
+            float* here = x + m * columns + at;
+            hadamard(here, block);
+            for (int64_t i = 0; i < block; ++i) here[i] *= signs[at + i];
+        }
+}
+
+// Rotated activations as integers of `words` times 15 bits and a sign, against the largest of their block; each comes
+// twice. A NaN or an infinity makes the scale NaN.
+template <class S>
+void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t block, int words, int32_t* out,
+                    float* scales, int32_t* sums) {
+    // 128 weights of up to 510 times this fit an int32
+    const float top = words == 1 ? 32512.0f : 32512.0f * 32768;
+    const int64_t blocks = columns / block;
+    for (int64_t g = 0; g < blocks; ++g)
+        for (int64_t m = 0; m < batch; ++m) {
+            const float* from = x + m * columns + g * block;
+            float largest = 0, poison = 0;
+            for (int64_t i = 0; i < block; ++i) {
+                const float magnitude = __builtin_fabsf(from[i]);
+                largest = magnitude > largest ? magnitude : largest;
+                poison += from[i] * 0.0f;
+            }
+            const bool finite = poison == 0.0f;
+            const int64_t here = g * batch + m;
+            scales[here] = finite ? largest / top : bits_to_float(0x7fc00000u);
+            const float inverse = top / largest;
+            const float factor = finite && inverse < 3e38f ? inverse : 0.0f;
+            for (int word = 0; word < words; ++word) sums[here * words + word] = 0;
+            for (int64_t i = 0; i < block; ++i) {
+                const int32_t whole = int32_t(__builtin_nearbyintf(finite ? from[i] * factor : 0.0f));
+                const int32_t part[2] = {words == 1 ? whole : whole >> 15, whole & 32767};
+                for (int word = 0; word < words; ++word) {
+                    out[(here * words + word) * block + i] = (part[word] & 0xffff) * 0x00010001;
+                    sums[here * words + word] += 510 * part[word];
                 }
             }
-            for (int64_t i = 0; i < batch * size; i += WIDTH) {
-                store16(sums + i, load16(sums + i) + load16(part + i) * scale);
-                store16(part + i, Floats{});
+        }
+}
+
+constexpr int TOGETHER = 4;  // activations whose sums stay in registers
+
+// 16 rows of a string's block of columns times M activations: to[m * stride] += scale * x_scales[m] * sums.
+template <class S, int K, int W, int M>
+REQUANT_INLINE void trellis_group(const uint8_t* codes, int64_t tile_stride, int64_t tiles, int64_t tile_columns,
+                                  int64_t column_bytes, uint32_t mask, const int32_t* x, int64_t block,
+                                  const int32_t* x_sums, const float* x_scales, float scale, float* to,
+                                  int64_t stride) {
+    constexpr int VECTORS = WIDTH / S::lanes;
+    typename S::Lanes sums[M][W][VECTORS];
+    for (int m = 0; m < M; ++m)
+        for (int w = 0; w < W; ++w)
+            for (int v = 0; v < VECTORS; ++v) sums[m][w][v] = typename S::Lanes{};
+    for (int64_t t = 0; t < tiles; ++t)
+        for (int64_t c = 0; c < tile_columns; ++c) {
+            const uint8_t* p = codes + t * tile_stride + c * column_bytes;
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                const typename S::Lanes pairs = decoded<S, K>(p, v, mask);
+#pragma GCC unroll 4
+                for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+                    for (int w = 0; w < W; ++w)
+                        sums[m][w][v] =
+                            S::dot(sums[m][w][v], pairs, x[(m * W + w) * block + t * tile_columns + c]);
             }
         }
-        for (int64_t m = 0; m < batch; ++m) {
-            float* sum = sums + m * size;
-            hadamard(sum, size);
-            for (int64_t r = 0; r < size; ++r) {
-                const int64_t row = block * size + r;
-                float y = sum[r] * w.signs_out[row];
-                if (w.indptr)
-                    y += w.wide_indices ? trellis_sparse_dot<S, int32_t>(w, row, x + m * w.columns)
-                                        : trellis_sparse_dot<S, uint16_t>(w, row, x + m * w.columns);
-                out[m * w.rows + row] = y;
+    for (int m = 0; m < M; ++m)
+        for (int w = 0; w < W; ++w) {
+            const float factor = scale * x_scales[m] * (w + 1 < W ? 32768.0f : 1.0f);
+            for (int v = 0; v < VECTORS; ++v)
+                S::add_scaled(to + m * stride + v * S::lanes, sums[m][w][v], x_sums[m * W + w], factor);
+        }
+}
+
+// sums [batch, rows of a unit], rotated back, of the row blocks begin ... end - 1.
+template <class S, int K, int W>
+void trellis_blocks(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, float* sums,
+                    int64_t stride) {
+    const uint32_t mask = (1u << w.state_bits) - 1;
+    const int64_t size = w.block_out, tile_columns = TILE / size, block = w.block_in;
+    const int64_t tiles = w.columns / tile_columns, groups = w.columns / block, in_group = block / tile_columns;
+    const int64_t tile_stride = trellis_stride(K), column_bytes = size * K / 8;
+    for (int64_t row_block = begin; row_block < end; ++row_block) {
+        float* to = sums + (row_block - begin) * size;
+        for (int64_t m = 0; m < in.batch; ++m) __builtin_memset(to + m * stride, 0, size_t(size) * 4);
+        for (int64_t g = 0; g < groups; ++g) {
+            const float scale = S::half_to_float(w.scales[row_block * groups + g]);
+            const uint8_t* codes = w.codes + (row_block * tiles + g * in_group) * tile_stride;
+            for (int64_t row = 0; row < size; row += WIDTH) {
+                const uint8_t* here = codes + row * K / 8;
+                int64_t m = 0;
+                for (; m + TOGETHER <= in.batch; m += TOGETHER) {
+                    const int64_t at = g * in.batch + m;
+                    trellis_group<S, K, W, TOGETHER>(here, tile_stride, in_group, tile_columns, column_bytes, mask,
+                                                     in.words + at * W * block, block, in.sums + at * W,
+                                                     in.scales + at, scale, to + m * stride + row, stride);
+                }
+                for (; m < in.batch; ++m) {
+                    const int64_t at = g * in.batch + m;
+                    trellis_group<S, K, W, 1>(here, tile_stride, in_group, tile_columns, column_bytes, mask,
+                                              in.words + at * W * block, block, in.sums + at * W, in.scales + at,
+                                              scale, to + m * stride + row, stride);
+                }
             }
+        }
+        for (int64_t m = 0; m < in.batch; ++m)
+            rotate_back<S>(1, size, size, w.signs_out + row_block * size, to + m * stride);
+    }
+}
+
+template <class S, int K>
+void trellis_words(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, float* sums,
+                   int64_t stride) {
+    if (in.count == 1) return trellis_blocks<S, K, 1>(w, in, begin, end, sums, stride);
+    trellis_blocks<S, K, 2>(w, in, begin, end, sums, stride);
+}
+
+// y [batch, rows] of the units begin ... end - 1 (trellis_unit rows each), residual included.
+template <class S>
+void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, int dtype, void* y,
+                    float* sums) {
+    const int64_t unit = trellis_unit(w.block_out);
+    for (int64_t u = begin; u < end; ++u) {
+        const int64_t first = u * unit, rows = w.rows - first < unit ? w.rows - first : unit;
+        const int64_t from = first / w.block_out, to = (first + rows) / w.block_out;
+        switch (w.bits) {
+            case 1: trellis_words<S, 1>(w, in, from, to, sums, unit); break;
+            case 2: trellis_words<S, 2>(w, in, from, to, sums, unit); break;
+            case 3: trellis_words<S, 3>(w, in, from, to, sums, unit); break;
+            case 4: trellis_words<S, 4>(w, in, from, to, sums, unit); break;
+            case 5: trellis_words<S, 5>(w, in, from, to, sums, unit); break;
+            default: trellis_words<S, 6>(w, in, from, to, sums, unit); break;
+        }
+        for (int64_t row = 0; w.sparse.windows && row < rows; row += WINDOW)
+            sparse_window<S>(w.sparse, (first + row) / WINDOW, in.x, in.batch, w.columns, sums + row, unit);
+        for (int64_t m = 0; m < in.batch; ++m) {
+            char* out = static_cast<char*>(y) + (m * w.rows + first) * (dtype == F32 ? 4 : 2);
+            narrow<S>(dtype, sums + m * unit, out, rows);
         }
     }
 }
 
-// Rotated weights, rows of the blocks begin ... end - 1: out float32 [.., columns], from row block `begin` on.
+// Rotated weights of the row blocks begin ... end - 1: out float32 [.., columns], from row block `begin` on.
 template <class S, int K>
-void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out) {
+void trellis_rows(const Trellis& w, int64_t begin, int64_t end, float* out) {
     const uint32_t mask = (1u << w.state_bits) - 1;
     const int64_t size = w.block_out, tile_columns = TILE / size;
     const int64_t tiles = w.columns / tile_columns, groups = w.columns / w.block_in;
     for (int64_t block = begin; block < end; ++block)
         for (int64_t t = 0; t < tiles; ++t) {
-            Unrolled string;
-            unroll<K>(w.codes + (block * tiles + t) * 16 * K, string);
+            const uint8_t* tile = w.codes + (block * tiles + t) * trellis_stride(K);
             const float scale = S::half_to_float(w.scales[block * groups + t * tile_columns / w.block_in]);
             for (int v = 0; v < TILE / WIDTH; ++v) {
-                float values[WIDTH];
-                store16(values, decode(S::template windows<K>(string.bytes + v * 2 * K), mask) * scale);
+                float values[WIDTH] = {};
+                for (int h = 0; h < WIDTH / S::lanes; ++h) {
+                    const typename S::Lanes pairs = decoded<S, K>(tile + v * 2 * K, h, mask);
+                    S::add_scaled(values + h * S::lanes, S::dot(typename S::Lanes{}, pairs, 0x00010001), 510, scale);
+                }
                 const int64_t column = t * tile_columns + v * WIDTH / size;
                 const int64_t row = (block - begin) * size + v * WIDTH % size;
                 for (int i = 0; i < WIDTH; ++i) out[(row + i) * w.columns + column] = values[i];
@@ -136,11 +219,21 @@ void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out
 }
 
 template <class S>
-constexpr TrellisTier make_trellis_tier() {
-    return TrellisTier{{&trellis_linear<S, 1>, &trellis_linear<S, 2>, &trellis_linear<S, 3>, &trellis_linear<S, 4>,
-                        &trellis_linear<S, 5>, &trellis_linear<S, 6>},
-                       {&trellis_dequantize<S, 1>, &trellis_dequantize<S, 2>, &trellis_dequantize<S, 3>,
-                        &trellis_dequantize<S, 4>, &trellis_dequantize<S, 5>, &trellis_dequantize<S, 6>}};
+void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out) {
+    switch (w.bits) {
+        case 1: return trellis_rows<S, 1>(w, begin, end, out);
+        case 2: return trellis_rows<S, 2>(w, begin, end, out);
+        case 3: return trellis_rows<S, 3>(w, begin, end, out);
+        case 4: return trellis_rows<S, 4>(w, begin, end, out);
+        case 5: return trellis_rows<S, 5>(w, begin, end, out);
+        default: return trellis_rows<S, 6>(w, begin, end, out);
+    }
+}
+
+template <class S>
+constexpr Tier make_tier(const char* name) {
+    return Tier{name,       &quantize<S>,       &linear<S>,         &dequantize<S>,     &widen<S>, &sparse_window<S>,
+                &rotate<S>, &rotate_back<S>,    &quantize_words<S>, &trellis_linear<S>, &trellis_dequantize<S>};
 }
 
 }  // namespace

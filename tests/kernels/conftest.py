@@ -27,15 +27,23 @@ class Layer:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def weight(self) -> Tensor:
-        """float32, by reference.py."""
+    def dense(self) -> Tensor:
+        """The dense part, float32, by reference.py."""
         t, size = self.tensors, {"bits": self.bits, "in_features": self.in_features}
         if self.kind == "uniform":
-            dense = reference.dequantize_uniform(
+            return reference.dequantize_uniform(
                 t["qweight"], t["scales"], t["qzeros"], group_size=self.group_size, **size
             )
-        else:
-            dense = reference.dequantize_lut(t["qweight"], t["lookup_table"], **size)
+        return reference.dequantize_lut(t["qweight"], t["lookup_table"], **size)
+
+    def steps(self) -> Tensor:
+        """For the uniform kind: what ``2**bits`` steps of every weight's scale are."""
+        group = torch.arange(self.in_features) // self.group_size
+        return self.tensors["scales"].float()[:, group] * (1 << self.bits)
+
+    def weight(self) -> Tensor:
+        """float32, by reference.py."""
+        t, dense = self.tensors, self.dense()
         if "sparse_indptr" not in t:
             return dense
         return reference.add_sparse_(dense, t["sparse_indptr"], t["sparse_indices"], t["sparse_values"])
@@ -50,9 +58,10 @@ class Layer:
             device=device,
         )
 
-    def linear(self, x: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    def linear(self, x: Tensor, weights: dict[str, Tensor] | None = None, *, activation_bits: int = 16) -> Tensor:
         weights = self.repack() if weights is None else weights
-        return kernels.linear(self.kind, x, weights, bits=self.bits, group_size=self.group_size)
+        settings = {"out_features": self.out_features, "bits": self.bits, "group_size": self.group_size}
+        return kernels.linear(self.kind, x, weights, **settings, activation_bits=activation_bits)
 
     def embedding(self, ids: Tensor, dtype: torch.dtype, weights: dict[str, Tensor] | None = None) -> Tensor:
         weights = self.repack() if weights is None else weights

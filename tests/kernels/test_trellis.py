@@ -36,9 +36,14 @@ def build(bits: int, state_bits: int, shape: tuple[int, int, int, int], density:
     return layer
 
 
-def repack(layer: QuantizedLayer) -> dict[str, Tensor]:
+def repack(layer: QuantizedLayer, device: str = "cpu") -> dict[str, Tensor]:
     spec = layer.spec
-    return kernels.repack("trellis", layer.tensors, in_features=spec.in_features, device="cpu", **spec.kernel_settings)
+    return kernels.repack("trellis", layer.tensors, in_features=spec.in_features, device=device, **spec.kernel_settings)
+
+
+def linear(layer: QuantizedLayer, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    spec = layer.spec
+    return kernels.linear("trellis", x, weights, out_features=spec.out_features, **spec.kernel_settings)
 
 
 def assert_product(y: Tensor, x: Tensor, layer: QuantizedLayer, relative: float) -> None:
@@ -55,9 +60,9 @@ def test_products_equal_the_reference(isa: str, bits: int, state_bits: int, shap
     for density in (0.0, 0.03):
         layer = build(bits, state_bits, shape, density)
         packed = repack(layer)
-        for batch in (1, 3, ops.FUSED_BATCH, ops.FUSED_BATCH + 3):
+        for batch in (1, 3, cpu.SMALL_BATCH, cpu.SMALL_BATCH + 3):
             x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(batch))
-            y = kernels.linear("trellis", x, packed, **layer.spec.kernel_settings)
+            y = linear(layer, x, packed)
             assert_product(y, x, layer, 2e-6)
 
 
@@ -67,17 +72,17 @@ def test_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bat
     monkeypatch.setattr(ops, "PANEL_BYTES", 1)  # a panel of 128 rows, and a rest
     layer = build(3, 12, (192, 576, 64, 64), 0.01)
     x = torch.randn(batch, 576).to(dtype)
-    y = kernels.linear("trellis", x[None], repack(layer), **layer.spec.kernel_settings)[0]
+    y = linear(layer, x[None], repack(layer))[0]
     # one rounding of the result, and for a large bfloat16 batch of rotated activations and weights
     assert_product(y, x, layer, 4 * torch.finfo(dtype).eps)
 
 
 def test_a_row_has_one_result_in_every_small_batch(isa: str) -> None:
     layer = build(2, 12, (256, 512, 128, 128), 0.01)
-    packed, x = repack(layer), torch.randn(ops.FUSED_BATCH, 512)
-    together = kernels.linear("trellis", x, packed, **layer.spec.kernel_settings)
+    packed, x = repack(layer), torch.randn(cpu.SMALL_BATCH, 512)
+    together = linear(layer, x, packed)
     for batch in (1, 3, 6):
-        assert torch.equal(kernels.linear("trellis", x[:batch], packed, **layer.spec.kernel_settings), together[:batch])
+        assert torch.equal(linear(layer, x[:batch], packed), together[:batch])
 
 
 def test_threads_do_not_change_the_result() -> None:
@@ -87,33 +92,38 @@ def test_threads_do_not_change_the_result() -> None:
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(kernels.linear("trellis", x, packed, **layer.spec.kernel_settings))
+        results.append(linear(layer, x, packed))
     torch.set_num_threads(before)
     assert torch.equal(*results)
 
 
 def test_implementation_for_other_devices() -> None:
     layer = build(3, 12, (64, 128, 32, 64), 0.05)
-    x = torch.randn(4, 128)
-    assert_product(ops._trellis_linear_torch(x, *repack(layer).values(), 3, 12), x, layer, 2e-6)
+    x, t = torch.randn(4, 128), layer.tensors
+    names = list(repack(layer, "meta"))
+    # what repack would put on a device that is not there
+    ends = {
+        "signs_in": reference.signs(t["signs_in"], 128) / 8,
+        "signs_out": reference.signs(t["signs_out"], 64) / 32**0.5,
+    }
+    given = t | ends | {"sparse_indices": t["sparse_indices"].view(torch.int16)}
+    assert_product(ops._trellis_linear_torch(x, *(given[name] for name in names), 3, 12), x, layer, 2e-6)
 
 
 def test_run_time_bytes_are_those_of_the_disk_and_signs() -> None:
     layer = build(2, 12, (1024, 1024, 128, 128))
-    packed = repack(layer)
-    signs = packed["signs_in"].nbytes + packed["signs_out"].nbytes
-    assert sum(tensor.nbytes for tensor in packed.values()) - signs <= layer.spec.nbytes
+    # two bytes of each string are there twice; signs are numbers
+    strings = 1024 * 1024 // 128
+    assert repack(layer)["packed"].numel() <= layer.spec.nbytes + 2 * strings + 4 * 2048 + 1024
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     layer = build(2, 12, (64, 128, 32, 64))
     packed = repack(layer)
-    with pytest.raises(ValueError, match="64 input features"):
-        kernels.linear("trellis", torch.randn(1, 64), packed, bits=2, state_bits=12)
-    with pytest.raises(ValueError, match="3 bits"):
-        kernels.linear("trellis", torch.randn(1, 128), packed, bits=3, state_bits=12)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        linear(layer, torch.randn(1, 64), packed)
     with pytest.raises(TypeError, match="float64"):
-        kernels.linear("trellis", torch.randn(1, 128, dtype=torch.float64), packed, bits=2, state_bits=12)
+        linear(layer, torch.randn(1, 128, dtype=torch.float64), packed)
     with pytest.raises(ValueError, match="no rows can be looked up"):
         kernels.embedding("trellis", torch.tensor([0]), packed, bits=2, in_features=128, dtype=torch.float32)
 
@@ -124,7 +134,7 @@ def test_traces_with_a_symbolic_batch() -> None:
 
     @torch.compile(fullgraph=True, dynamic=True)
     def run(x: Tensor) -> Tensor:
-        return kernels.linear("trellis", x * 2, packed, bits=2, state_bits=12)
+        return linear(layer, x * 2, packed)
 
     for batch in (2, 5, 33):
         x = torch.randn(batch, 128)
@@ -137,8 +147,10 @@ def test_hadamard_transform_is_orthonormal_and_its_own_inverse(block: int) -> No
     turned = reference.hadamard_blocks(x, block)
     torch.testing.assert_close(reference.hadamard_blocks(turned, block), x)
     torch.testing.assert_close(turned.view(3, 2, block).norm(dim=2), x.view(3, 2, block).norm(dim=2))
-    signs = torch.ones(2 * block) * block**-0.5
-    torch.testing.assert_close(cpu.trellis_rotate(x.clone(), signs, block), turned)
+    layer = build(2, 12, (block, 2 * block, block, block))
+    signed = x * reference.signs(layer.tensors["signs_in"], 2 * block)
+    packed = repack(layer)["packed"]
+    torch.testing.assert_close(cpu.trellis_rotate(x.clone(), packed), reference.hadamard_blocks(signed, block))
 
 
 @pytest.mark.parametrize("state_bits", [8, 12, 16])

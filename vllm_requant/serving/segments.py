@@ -28,13 +28,14 @@ class Segment(NamedTuple):
     Attributes:
         kind: as the kernels take it.
         settings: keyword arguments of the kernels, such as ``bits``.
-        in_features: of this rank.
+        in_features, out_features: of this rank.
         names: (the kernels' name, the parameter's name in the vLLM layer) of every run-time tensor.
     """
 
     kind: str
     settings: dict[str, int]
     in_features: int
+    out_features: int
     names: tuple[tuple[str, str], ...]
 
 
@@ -68,7 +69,7 @@ def install_segments(
         names = tuple((name, f"segment{index}_{name}") for name in weights)
         for name, attribute in names:
             layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
-        segments.append(Segment(spec.kind, spec.kernel_settings, spec.in_features, names))
+        segments.append(Segment(spec.kind, spec.kernel_settings, spec.in_features, spec.out_features, names))
         _log_kernel(spec.kind, torch.device(device).type)
     if torch.device(device).type == "cpu":
         _request_amx()
@@ -91,7 +92,14 @@ def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tens
         ``[..., out_features]`` in ``x.dtype``.
     """
     outputs = [
-        kernels.linear(segment.kind, x, segment_weights(layer, segment), **segment.settings) for segment in segments
+        kernels.linear(
+            segment.kind,
+            x,
+            segment_weights(layer, segment),
+            out_features=segment.out_features,
+            **segment.settings,
+        )
+        for segment in segments
     ]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return y if bias is None else y + bias.to(y.dtype)
