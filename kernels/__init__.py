@@ -70,12 +70,11 @@ def repack(
     if missing:
         raise ValueError(f"a {kind} layer needs {', '.join(missing)}")
     device = torch.device(device)
+    if device.type == "cpu":
+        return {"packed": _pack(kind, tensors, bits, group_size, state_bits, in_features)}
 
     def copied(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-    if device.type == "cpu":
-        return {"packed": _pack(kind, tensors, bits, group_size, state_bits, in_features)}
 
     packed: dict[str, Tensor] = {}
     for name in names:
@@ -86,8 +85,6 @@ def repack(
             packed[name] = copied(tensors[name].view(torch.int16))
         elif name.startswith("signs"):
             packed[name] = copied(_scaled_signs(name, tensors))
-        elif kind == "trellis":
-            packed[name] = copied(tensors[name])
         else:
             packed[name] = copied(tensors[name])
     return packed

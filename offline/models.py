@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_requant.kernels.cpu import multiplies_bfloat16
+
 __all__ = [
     "COMPUTE_DTYPES",
     "DTYPES",
@@ -211,15 +213,9 @@ def _store_matrices(model: nn.Module) -> set[int]:
 
 
 def fastest_compute(device: torch.device) -> str:
-    """The key of ``COMPUTE_DTYPES`` in which a device multiplies fastest.
-
-    Without instructions for it a CPU takes several times as long for bfloat16 as for float32.
-    """
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu.get_capabilities()
-        native = any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    """The key of ``COMPUTE_DTYPES`` in which a device multiplies fastest."""
+    on_gpu = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "isa",
     "library",
     "linear",
+    "multiplies_bfloat16",
     "pack",
     "pack_trellis",
     "trellis_dequantize",
@@ -87,17 +88,18 @@ def library() -> ctypes.CDLL:
         if cap not in ISA_NAMES:
             raise ValueError(f"REQUANT_CPU_ISA is {cap!r}, must be one of {', '.join(ISA_NAMES)}")
         native.requant_set_isa(ISA_NAMES.index(cap))
-    native.requant_set_fused_batch(_fused_batch(), SMALL_BATCH)
+    # integer products beat torch's in float32, not those in bfloat16 that a processor has instructions for
+    native.requant_set_fused_batch(SMALL_BATCH if multiplies_bfloat16() else _UNLIMITED, SMALL_BATCH)
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     if native.requant_register_ops(torch_cpu._handle):
         raise NativeCodeError(f"torch {torch.__version__} lacks the stable C interface that the CPU kernels use")
     return native
 
 
-def _fused_batch() -> int:
-    """Integer products beat torch's in float32; not those that a processor with bfloat16 instructions makes."""
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; without, torch takes several times as long as in float32."""
     found = torch.cpu.get_capabilities()
-    return SMALL_BATCH if found.get("amx_bf16") or found.get("avx512_bf16") else _UNLIMITED
+    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def isa() -> str:

@@ -124,63 +124,54 @@ Trellis trellis_of(const Header& h) {
 
 // How the sparse part of a weight is cut into slices.
 struct Slices {
+    struct Lane {
+        int32_t length, first;  // of its elements, in the checkpoint's order
+        uint8_t row;            // in its window
+    };
     std::vector<int32_t> windows{0}, begins{0};
-    std::vector<uint8_t> rows;
-    std::vector<int32_t> first, count;  // of the lanes' elements, in the checkpoint's order
+    std::vector<Lane> lanes;  // 16 a slice
 
-    // A run no longer than `cap` is a lane. Longer lanes pad others, more of them cost additions at the end.
-    static int64_t cost(const std::vector<int32_t>& lengths, int32_t cap, std::vector<int32_t>& runs) {
-        runs.clear();
-        for (int32_t length : lengths) {
-            for (; length > cap; length -= cap) runs.push_back(cap);
-            if (length) runs.push_back(length);
-        }
-        std::sort(runs.rbegin(), runs.rend());
-        int64_t total = 0;
-        for (size_t i = 0; i < runs.size(); i += STEP) total += STEP * (runs[i] + 1);
-        return total;
-    }
-
-    Slices(int64_t row_count, const int32_t* indptr) {
-        std::vector<int32_t> lengths, runs;
-        for (int64_t window = 0; window * WINDOW < row_count; ++window) {
-            const int64_t begin = window * WINDOW, end = std::min(begin + WINDOW, row_count);
-            lengths.clear();
-            for (int64_t row = begin; row < end; ++row) lengths.push_back(indptr[row + 1] - indptr[row]);
-            const int32_t total = indptr[end] - indptr[begin];
-            int32_t best_cap = std::max(1, *std::max_element(lengths.begin(), lengths.end()));
-            int64_t best = cost(lengths, best_cap, runs);
-            for (int32_t part : {1, 2, 4}) {
-                const int32_t cap = std::max<int32_t>(1, int32_t(part * total / (end - begin)));
-                const int64_t now = cost(lengths, cap, runs);
-                if (now < best) best = now, best_cap = cap;
+    Slices(int64_t rows, const int32_t* indptr) {
+        for (int64_t begin = 0; begin < rows; begin += WINDOW) {
+            const int64_t end = std::min(begin + WINDOW, rows);
+            std::vector<Lane> best = cut(indptr, begin, end, INT32_MAX);
+            for (int part : {1, 2, 4}) {
+                const int64_t times_mean = part * int64_t(indptr[end] - indptr[begin]) / (end - begin);
+                std::vector<Lane> now = cut(indptr, begin, end, int32_t(std::max<int64_t>(1, times_mean)));
+                if (cost(now) < cost(best)) best.swap(now);
             }
-            struct Lane {
-                int32_t length, first;
-                uint8_t row;
-            };
-            std::vector<Lane> lanes;
-            for (int64_t row = begin; row < end; ++row)
-                for (int32_t e = indptr[row]; e < indptr[row + 1]; e += best_cap)
-                    lanes.push_back({std::min(best_cap, indptr[row + 1] - e), e, uint8_t(row - begin)});
-            std::stable_sort(lanes.begin(), lanes.end(),
-                             [](const Lane& a, const Lane& b) { return a.length > b.length; });
-            for (size_t i = 0; i < lanes.size(); ++i) {
-                if (i % STEP == 0) begins.push_back(begins.back() + STEP * lanes[i].length);
-                rows.push_back(lanes[i].row);
-                first.push_back(lanes[i].first);
-                count.push_back(lanes[i].length);
-            }
-            while (rows.size() % STEP) rows.push_back(0), first.push_back(0), count.push_back(0);
+            for (size_t i = 0; i < best.size(); i += STEP) begins.push_back(begins.back() + STEP * best[i].length);
+            best.resize((best.size() + STEP - 1) / STEP * STEP, Lane{});
+            lanes.insert(lanes.end(), best.begin(), best.end());
             windows.push_back(int32_t(begins.size() - 1));
         }
+    }
+
+  private:
+    // Runs of up to `longest` elements of the rows begin ... end - 1, long ones first.
+    static std::vector<Lane> cut(const int32_t* indptr, int64_t begin, int64_t end, int32_t longest) {
+        std::vector<Lane> runs;
+        for (int64_t row = begin; row < end; ++row)
+            for (int32_t e = indptr[row], left; (left = indptr[row + 1] - e) > 0; e += runs.back().length)
+                runs.push_back({std::min(longest, left), e, uint8_t(row - begin)});
+        std::stable_sort(runs.begin(), runs.end(), [](const Lane& a, const Lane& b) { return a.length > b.length; });
+        return runs;
+    }
+
+    // Longer lanes pad others; more of them cost additions at the end.
+    static int64_t cost(const std::vector<Lane>& runs) {
+        int64_t total = 0;
+        for (size_t i = 0; i < runs.size(); i += STEP) total += STEP * (runs[i].length + 1);
+        return total;
     }
 };
 
 // Lays a header out, and the sections behind it. Without memory to write to it only counts.
 class Packer {
   public:
-    explicit Packer(char* out) : out_(out), at_(round(sizeof(Header))) {}
+    explicit Packer(char* out) : out_(out), at_(round(sizeof(Header))) {
+        if (out_) std::memset(out_, 0, size_t(at_));
+    }
 
     // Room for `count` elements, zeroed; null where nothing is written.
     template <class T>
@@ -211,13 +202,15 @@ void pack_vector(Packer& packer, int64_t& offset, const std::vector<T>& from) {
 }
 
 template <class Index>
-void fill_slices(const Slices& slices, const Index* indices, const uint16_t* values, Index* to_columns,
-                 uint16_t* to_values) {
-    for (size_t lane = 0; lane < slices.count.size(); ++lane) {
-        int64_t to = slices.begins[lane / STEP] + int64_t(lane % STEP);
-        for (int32_t k = 0; k < slices.count[lane]; ++k, to += STEP) {
-            to_columns[to] = indices[slices.first[lane] + k];
-            to_values[to] = values[slices.first[lane] + k];
+void pack_elements(Packer& packer, Header& h, const Slices& slices, const Index* indices, const uint16_t* values) {
+    Index* columns = packer.room<Index>(h.sparse_columns, slices.begins.back());
+    uint16_t* to_values = packer.room<uint16_t>(h.sparse_values, slices.begins.back());
+    for (size_t i = 0; to_values && i < slices.lanes.size(); ++i) {
+        const Slices::Lane& lane = slices.lanes[i];
+        int64_t to = slices.begins[i / STEP] + int64_t(i % STEP);
+        for (int32_t e = lane.first; e < lane.first + lane.length; ++e, to += STEP) {
+            columns[to] = indices[e];
+            to_values[to] = values[e];
         }
     }
 }
@@ -226,20 +219,15 @@ void pack_sparse(Packer& packer, Header& h, int64_t rows, const int32_t* indptr,
                  const uint16_t* values) {
     if (!indptr || indptr[rows] == 0) return;
     const Slices slices(rows, indptr);
-    const int64_t elements = slices.begins.back();
     pack_vector(packer, h.windows, slices.windows);
     pack_vector(packer, h.begins, slices.begins);
-    pack_vector(packer, h.lanes, slices.rows);
+    uint8_t* lanes = packer.room<uint8_t>(h.lanes, int64_t(slices.lanes.size()));
+    for (size_t i = 0; lanes && i < slices.lanes.size(); ++i) lanes[i] = slices.lanes[i].row;
     h.wide = wide;
-    if (wide) {
-        int32_t* columns = packer.room<int32_t>(h.sparse_columns, elements);
-        uint16_t* to = packer.room<uint16_t>(h.sparse_values, elements);
-        if (to) fill_slices(slices, static_cast<const int32_t*>(indices), values, columns, to);
-    } else {
-        uint16_t* columns = packer.room<uint16_t>(h.sparse_columns, elements);
-        uint16_t* to = packer.room<uint16_t>(h.sparse_values, elements);
-        if (to) fill_slices(slices, static_cast<const uint16_t*>(indices), values, columns, to);
-    }
+    if (wide)
+        pack_elements(packer, h, slices, static_cast<const int32_t*>(indices), values);
+    else
+        pack_elements(packer, h, slices, static_cast<const uint16_t*>(indices), values);
 }
 
 // The code of a column in a row's bit stream of `bytes` bytes.
@@ -470,7 +458,7 @@ REQUANT_API int requant_linear(const void* packed, int64_t packed_bytes, int64_t
         if (!h || h->rows != rows || h->columns != columns || dtype < F32 || dtype > F16 || batch < 0 || planes < 1 ||
             planes > PLANES)
             return BAD_ARGUMENT;
-        const int64_t size = dtype == F32 ? 4 : 2;
+        const int64_t size = size_of(dtype);
         float* wide = buffer<float>(0, dtype == F32 ? 0 : std::min(batch, MAX_BATCH) * columns);
         for (int64_t first = 0; first < batch; first += MAX_BATCH) {
             const int64_t count = std::min(batch - first, MAX_BATCH);
@@ -495,7 +483,8 @@ REQUANT_API int requant_dequantize(const void* packed, int64_t packed_bytes, int
                                    const int64_t* ids, int64_t first, int64_t count, void* out) {
     return guarded([&]() -> int {
         const Header* h = header_of(packed, packed_bytes);
-        if (!h || h->kind == TRELLIS || h->columns != columns || dtype < F32 || dtype > F16 || count < 0) return BAD_ARGUMENT;
+        if (!h || h->kind == TRELLIS || h->columns != columns || dtype < F32 || dtype > F16 || count < 0)
+            return BAD_ARGUMENT;
         if (ids) {
             for (int64_t i = 0; i < count; ++i)
                 if (ids[i] < 0 || ids[i] >= h->rows) return ID_OUT_OF_RANGE;
@@ -541,7 +530,8 @@ REQUANT_API int requant_trellis_rotate(const void* packed, int64_t packed_bytes,
         if (!back) return tier().rotate(end - begin, width, w.block_in, w.signs_in, rows);
         tier().rotate_back(end - begin, width, w.block_out, w.signs_out, rows);
         for (int64_t window = 0; w.sparse.windows && window * WINDOW < width; ++window)
-            tier().sparse(w.sparse, window, x + begin * w.columns, end - begin, w.columns, rows + window * WINDOW, width);
+            tier().sparse(w.sparse, window, x + begin * w.columns, end - begin, w.columns, rows + window * WINDOW,
+                          width);
     });
     return OK;
 }

@@ -38,6 +38,7 @@ constexpr int64_t MAX_BATCH = 16;    // activations that are multiplied together
 enum Kind : int { UNIFORM = 0, LUT = 1, TRELLIS = 2 };
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 
+constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 constexpr int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 constexpr int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
 constexpr int64_t tile_chunk_bytes(int bits) { return TILE_ROWS * CHUNK * bits / 8; }
@@ -67,6 +68,11 @@ struct Weights {
     int64_t chunks() const { return chunks_of(columns); }
     int64_t tiles() const { return tiles_of(rows); }
     int64_t groups() const { return group_size ? (columns + group_size - 1) / group_size : 0; }
+    // that of a column; of one that is padding, any
+    int64_t group_of(int64_t column) const {
+        const int64_t group = column / group_size;
+        return group < groups() ? group : groups() - 1;
+    }
     // quantization groups of which a chunk may hold parts; a group is a multiple of 32
     int parts() const { return group_size % CHUNK ? 2 : 1; }
 };

@@ -47,16 +47,6 @@ REQUANT_INLINE uint16_t float_to_bfloat(float value) {
 }
 
 template <class S>
-REQUANT_INLINE void put(void* y, int64_t index, int dtype, float value) {
-    if (dtype == F32)
-        static_cast<float*>(y)[index] = value;
-    else if (dtype == BF16)
-        static_cast<uint16_t*>(y)[index] = float_to_bfloat(value);
-    else
-        static_cast<uint16_t*>(y)[index] = S::float_to_half(value);
-}
-
-template <class S>
 void widen(int dtype, const void* in, float* out, int64_t count) {
     if (dtype == F32)
         __builtin_memcpy(out, in, size_t(count) * 4);
@@ -76,10 +66,49 @@ void narrow(int dtype, const float* in, void* out, int64_t count) {
         S::narrow_half(in, static_cast<uint16_t*>(out), count);
 }
 
+// Rows first ... first + count - 1 of all m to y [batch, rows]; sums are `stride` apart.
+template <class S>
+void store_rows(int64_t rows, int64_t first, int64_t count, int64_t batch, const float* sums, int64_t stride, int dtype,
+                void* y) {
+    for (int64_t m = 0; m < batch; ++m)
+        narrow<S>(dtype, sums + m * stride, static_cast<char*>(y) + (m * rows + first) * size_of(dtype), count);
+}
+
 // ---- activations -------------------------------------------------------------------------------------------
 
+// What makes integers of up to `top` of values. A NaN or an infinity among them makes the scale NaN, and with it the
+// whole row of the result.
+struct Steps {
+    float scale, factor;
+    bool finite;
+
+    // of `count` values, a multiple of STEP
+    REQUANT_INLINE Steps(const float* values, int64_t count, float top) {
+        float largest[STEP] = {}, poison[STEP] = {};
+        for (int64_t i = 0; i < count; i += STEP)
+            for (int64_t j = 0; j < STEP; ++j) {
+                const float magnitude = __builtin_fabsf(values[i + j]);
+                largest[j] = magnitude > largest[j] ? magnitude : largest[j];
+                poison[j] += values[i + j] * 0.0f;
+            }
+        for (int64_t j = 1; j < STEP; ++j) {
+            largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+            poison[0] += poison[j];
+        }
+        finite = poison[0] == 0.0f;
+        scale = finite ? largest[0] / top : bits_to_float(0x7fc00000u);
+        // a quotient of two small numbers may be infinite where the smaller one is subnormal
+        const float inverse = top / largest[0];
+        factor = finite && inverse < 3e38f ? inverse : 0.0f;
+    }
+
+    REQUANT_INLINE int32_t whole(float value) const {
+        return int32_t(__builtin_nearbyintf(finite ? value * factor : 0.0f));
+    }
+};
+
 // The chunk's values against the largest of them, in `planes` bytes; the most significant ends at 127, so that no
-// byte leaves [-128, 127]. A NaN or an infinity makes the scale NaN, and with it the whole row of the result.
+// byte leaves [-128, 127].
 template <class S>
 void quantize(const float* x, int64_t batch, int64_t columns, int planes, int parts, int8_t* bytes, float* scales,
               float* sums) {
@@ -93,26 +122,10 @@ void quantize(const float* x, int64_t batch, int64_t columns, int planes, int pa
             __builtin_memcpy(values, x + m * columns + c * CHUNK, size_t(count) * 4);
             if (count < CHUNK) __builtin_memset(values + count, 0, size_t(CHUNK - count) * 4);
 
-            float largest[STEP] = {}, poison[STEP] = {};
-            for (int64_t i = 0; i < CHUNK; i += STEP)
-                for (int64_t j = 0; j < STEP; ++j) {
-                    const float magnitude = __builtin_fabsf(values[i + j]);
-                    largest[j] = magnitude > largest[j] ? magnitude : largest[j];
-                    poison[j] += values[i + j] * 0.0f;
-                }
-            for (int64_t j = 1; j < STEP; ++j) {
-                largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
-                poison[0] += poison[j];
-            }
-            const bool finite = poison[0] == 0.0f;
-            scales[here] = finite ? largest[0] / top : bits_to_float(0x7fc00000u);
-            // a quotient of two small numbers may be infinite where the smaller one is subnormal
-            const float inverse = top / largest[0];
-            const float factor = finite && inverse < 3e38f ? inverse : 0.0f;
-
+            const Steps steps(values, CHUNK, top);
+            scales[here] = steps.scale;
             int32_t whole[CHUNK];
-            for (int64_t i = 0; i < CHUNK; ++i)
-                whole[i] = int32_t(__builtin_nearbyintf(finite ? values[i] * factor : 0.0f));
+            for (int64_t i = 0; i < CHUNK; ++i) whole[i] = steps.whole(values[i]);
             float* sum = sums + here * parts * 4;
             for (int part = 0; part < parts; ++part)
                 for (int lane = 0; lane < 4; ++lane) {
@@ -220,14 +233,13 @@ REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const type
 // Rows of a tile, x rows m: sums[v][m] += what the chunk adds.
 template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS>
 REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t tile, int64_t c,
-                               const typename S::Bytes (*tables)[PLANES], const typename S::Floats* middle,
-                               typename S::Floats* sums) {
+                               const typename S::Bytes (*tables)[PLANES], typename S::Floats* sums) {
     using Made = Form<S, KIND, BITS, DEPTH>;
     using Bytes = typename S::Bytes;
     using Floats = typename S::Floats;
     using Dot = typename S::template Dot<Made::most>;
     constexpr int VECTORS = BLOCK_ROWS / S::rows, COUNT = TILE_ROWS / S::rows;
-    const int64_t chunks = w.chunks(), groups = w.groups(), batch = in.batch;
+    const int64_t chunks = w.chunks(), batch = in.batch;
     const uint8_t* codes = w.codes + (tile * chunks + c) * tile_chunk_bytes(BITS);
     const int8_t* x = in.bytes + c * batch * P * CHUNK;
     const float* scales = in.scales + c * batch;
@@ -236,10 +248,9 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
     typename S::Tile tile_scales[PARTS], tile_zeros[PARTS];
     if constexpr (KIND == UNIFORM)
         for (int part = 0; part < PARTS; ++part) {
-            int64_t group = (c * CHUNK + part * (CHUNK / PARTS)) / w.group_size;
-            group = group < groups ? group : groups - 1;  // padding: any group will do
-            tile_scales[part] = S::tile_halves(w.scales + (tile * groups + group) * TILE_ROWS);
-            tile_zeros[part] = S::tile_bytes(w.zeros + (tile * groups + group) * TILE_ROWS);
+            const int64_t group = tile * w.groups() + w.group_of(c * CHUNK + part * (CHUNK / PARTS));
+            tile_scales[part] = S::tile_halves(w.scales + group * TILE_ROWS);
+            tile_zeros[part] = S::tile_bytes(w.zeros + group * TILE_ROWS);
         }
 #pragma GCC unroll 8
     for (int n = 0; n < COUNT; ++n) {
@@ -258,7 +269,7 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
             if constexpr (KIND == UNIFORM)
                 scale[part] = S::spread(tile_scales[part], n), zero[part] = S::spread(tile_zeros[part], n);
             else
-                zero[part] = *middle;
+                zero[part] = S::splat(table_middle(DEPTH));
         }
         for (int64_t m = 0; m < batch; ++m) {
             const Floats x_scale = S::splat(scales[m]);
@@ -323,18 +334,15 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
         const int64_t last = first + WINDOW / TILE_ROWS < tiles ? first + WINDOW / TILE_ROWS : tiles;
         for (int64_t tile = first; tile < last; ++tile) {
             typename S::Bytes tables[COUNT][PLANES];
-            Floats middle = S::splat(0.0f);
-            if constexpr (KIND == LUT) {
-                middle = S::splat(table_middle(DEPTH));
+            if constexpr (KIND == LUT)
                 for (int n = 0; n < COUNT; ++n)
                     for (int d = 0; d < DEPTH; ++d)
                         tables[n][d] =
                             S::load(w.zeros + ((tile * PLANES + d) * TILE_ROWS + n * S::rows) * ENTRIES);
-            }
             Floats partial[COUNT * MAX_BATCH];
             for (int64_t n = 0; n < COUNT * in.batch; ++n) partial[n] = S::splat(0.0f);
             for (int64_t c = 0; c < chunks; ++c)
-                tile_chunk<S, KIND, BITS, DEPTH, P, PARTS>(w, in, tile, c, tables, &middle, partial);
+                tile_chunk<S, KIND, BITS, DEPTH, P, PARTS>(w, in, tile, c, tables, partial);
             for (int n = 0; n < COUNT; ++n)
                 for (int64_t m = 0; m < in.batch; ++m) {
                     float* to = sums + m * WINDOW + (tile - first) * TILE_ROWS + n * S::rows;
@@ -346,10 +354,7 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
         }
         if (w.sparse.windows) sparse_window<S>(w.sparse, window, in.x, in.batch, w.columns, sums, WINDOW);
         const int64_t rows = w.rows - window * WINDOW < WINDOW ? w.rows - window * WINDOW : WINDOW;
-        for (int64_t m = 0; m < in.batch; ++m) {
-            char* to = static_cast<char*>(y) + (m * w.rows + window * WINDOW) * (dtype == F32 ? 4 : 2);
-            narrow<S>(dtype, sums + m * WINDOW, to, rows);
-        }
+        store_rows<S>(w.rows, window * WINDOW, rows, in.batch, sums, WINDOW, dtype, y);
     }
 }
 
@@ -382,7 +387,7 @@ REQUANT_INLINE void row_step(const Block<Row, BITS, 1>& codes, uint8_t* out) {
 
 template <class S, int KIND, int BITS>
 void dequantize_row(const Weights& w, int64_t row, float* out) {
-    const int64_t chunks = w.chunks(), groups = w.groups();
+    const int64_t chunks = w.chunks();
     const int64_t tile = row / TILE_ROWS, r = row % TILE_ROWS;
     const int64_t run = KIND == LUT || w.group_size % CHUNK == 0 ? CHUNK : CHUNK / 2;  // columns of one group
     float table[1 << (KIND == LUT ? BITS : 0)];
@@ -400,9 +405,7 @@ void dequantize_row(const Weights& w, int64_t row, float* out) {
             if constexpr (KIND == LUT) {
                 for (int64_t i = 0; i < CHUNK; ++i) weights[i] = table[codes[i]];
             } else {
-                int64_t group = (c * CHUNK + at) / w.group_size;
-                group = group < groups ? group : groups - 1;
-                const int64_t place = (tile * groups + group) * TILE_ROWS + r;
+                const int64_t place = (tile * w.groups() + w.group_of(c * CHUNK + at)) * TILE_ROWS + r;
                 const float scale = S::half_to_float(w.scales[place]), zero = float(w.zeros[place]);
                 for (int64_t i = at; i < at + run; ++i) weights[i] = (float(codes[i]) - zero) * scale;
             }
@@ -463,36 +466,32 @@ void linear_planes(const Weights& w, const Activations& in, int64_t begin, int64
     }
 }
 
+// Calls RUN<S, KIND, BITS>(...) for the weight `w`.
+#define REQUANT_SELECT(RUN, ...)                            \
+    if (w.kind == LUT) switch (w.bits) {                    \
+            case 2: return RUN<S, LUT, 2>(__VA_ARGS__);     \
+            case 3: return RUN<S, LUT, 3>(__VA_ARGS__);     \
+            default: return RUN<S, LUT, 4>(__VA_ARGS__);    \
+        }                                                   \
+    switch (w.bits) {                                       \
+        case 2: return RUN<S, UNIFORM, 2>(__VA_ARGS__);     \
+        case 3: return RUN<S, UNIFORM, 3>(__VA_ARGS__);     \
+        case 4: return RUN<S, UNIFORM, 4>(__VA_ARGS__);     \
+        default: return RUN<S, UNIFORM, 8>(__VA_ARGS__);    \
+    }
+
 template <class S>
 void linear(const Weights& w, const Activations& in, int64_t begin, int64_t end, int dtype, void* y, float* sums) {
-    if (w.kind == LUT) switch (w.bits) {
-            case 2: return linear_planes<S, LUT, 2>(w, in, begin, end, dtype, y, sums);
-            case 3: return linear_planes<S, LUT, 3>(w, in, begin, end, dtype, y, sums);
-            default: return linear_planes<S, LUT, 4>(w, in, begin, end, dtype, y, sums);
-        }
-    switch (w.bits) {
-        case 2: return linear_planes<S, UNIFORM, 2>(w, in, begin, end, dtype, y, sums);
-        case 3: return linear_planes<S, UNIFORM, 3>(w, in, begin, end, dtype, y, sums);
-        case 4: return linear_planes<S, UNIFORM, 4>(w, in, begin, end, dtype, y, sums);
-        default: return linear_planes<S, UNIFORM, 8>(w, in, begin, end, dtype, y, sums);
-    }
+    REQUANT_SELECT(linear_planes, w, in, begin, end, dtype, y, sums)
 }
 
 template <class S>
 void dequantize(const Weights& w, const int64_t* ids, int64_t first, int64_t begin, int64_t end, int dtype,
                 void* out, float* line) {
-    if (w.kind == LUT) switch (w.bits) {
-            case 2: return dequantize_rows<S, LUT, 2>(w, ids, first, begin, end, dtype, out, line);
-            case 3: return dequantize_rows<S, LUT, 3>(w, ids, first, begin, end, dtype, out, line);
-            default: return dequantize_rows<S, LUT, 4>(w, ids, first, begin, end, dtype, out, line);
-        }
-    switch (w.bits) {
-        case 2: return dequantize_rows<S, UNIFORM, 2>(w, ids, first, begin, end, dtype, out, line);
-        case 3: return dequantize_rows<S, UNIFORM, 3>(w, ids, first, begin, end, dtype, out, line);
-        case 4: return dequantize_rows<S, UNIFORM, 4>(w, ids, first, begin, end, dtype, out, line);
-        default: return dequantize_rows<S, UNIFORM, 8>(w, ids, first, begin, end, dtype, out, line);
-    }
+    REQUANT_SELECT(dequantize_rows, w, ids, first, begin, end, dtype, out, line)
 }
+
+#undef REQUANT_SELECT
 
 }  // namespace
 }  // namespace requant

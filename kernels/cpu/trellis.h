@@ -37,29 +37,20 @@ REQUANT_INLINE void hadamard(float* x, int64_t block) {
             }
 }
 
-// Rows [count, columns] times signs, then through the transform; in place.
-template <class S>
+// Rows [count, columns] times signs and through the transform of every block, or BACK: the other way round; in place.
+template <class S, bool BACK>
 void rotate(int64_t count, int64_t columns, int64_t block, const float* signs, float* x) {
     for (int64_t m = 0; m < count; ++m)
         for (int64_t at = 0; at < columns; at += block) {
             float* here = x + m * columns + at;
+            if (BACK) hadamard(here, block);
             for (int64_t i = 0; i < block; ++i) here[i] *= signs[at + i];
-            hadamard(here, block);
-        }
-}
-
-template <class S>
-void rotate_back(int64_t count, int64_t columns, int64_t block, const float* signs, float* x) {
-    for (int64_t m = 0; m < count; ++m)
-        for (int64_t at = 0; at < columns; at += block) {
-            float* here = x + m * columns + at;
-            hadamard(here, block);
-            for (int64_t i = 0; i < block; ++i) here[i] *= signs[at + i];
+            if (!BACK) hadamard(here, block);
         }
 }
 
 // Rotated activations as integers of `words` times 15 bits and a sign, against the largest of their block; each comes
-// twice. A NaN or an infinity makes the scale NaN.
+// twice.
 template <class S>
 void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t block, int words, int32_t* out,
                     float* scales, int32_t* sums) {
@@ -69,20 +60,12 @@ void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t bloc
     for (int64_t g = 0; g < blocks; ++g)
         for (int64_t m = 0; m < batch; ++m) {
             const float* from = x + m * columns + g * block;
-            float largest = 0, poison = 0;
-            for (int64_t i = 0; i < block; ++i) {
-                const float magnitude = __builtin_fabsf(from[i]);
-                largest = magnitude > largest ? magnitude : largest;
-                poison += from[i] * 0.0f;
-            }
-            const bool finite = poison == 0.0f;
             const int64_t here = g * batch + m;
-            scales[here] = finite ? largest / top : bits_to_float(0x7fc00000u);
-            const float inverse = top / largest;
-            const float factor = finite && inverse < 3e38f ? inverse : 0.0f;
+            const Steps steps(from, block, top);
+            scales[here] = steps.scale;
             for (int word = 0; word < words; ++word) sums[here * words + word] = 0;
             for (int64_t i = 0; i < block; ++i) {
-                const int32_t whole = int32_t(__builtin_nearbyintf(finite ? from[i] * factor : 0.0f));
+                const int32_t whole = steps.whole(from[i]);
                 const int32_t part[2] = {words == 1 ? whole : whole >> 15, whole & 32767};
                 for (int word = 0; word < words; ++word) {
                     out[(here * words + word) * block + i] = (part[word] & 0xffff) * 0x00010001;
@@ -159,7 +142,7 @@ void trellis_blocks(const Trellis& w, const TrellisActivations& in, int64_t begi
             }
         }
         for (int64_t m = 0; m < in.batch; ++m)
-            rotate_back<S>(1, size, size, w.signs_out + row_block * size, to + m * stride);
+            rotate<S, true>(1, size, size, w.signs_out + row_block * size, to + m * stride);
     }
 }
 
@@ -188,10 +171,7 @@ void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begi
         }
         for (int64_t row = 0; w.sparse.windows && row < rows; row += WINDOW)
             sparse_window<S>(w.sparse, (first + row) / WINDOW, in.x, in.batch, w.columns, sums + row, unit);
-        for (int64_t m = 0; m < in.batch; ++m) {
-            char* out = static_cast<char*>(y) + (m * w.rows + first) * (dtype == F32 ? 4 : 2);
-            narrow<S>(dtype, sums + m * unit, out, rows);
-        }
+        store_rows<S>(w.rows, first, rows, in.batch, sums, unit, dtype, y);
     }
 }
 
@@ -232,8 +212,17 @@ void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out
 
 template <class S>
 constexpr Tier make_tier(const char* name) {
-    return Tier{name,       &quantize<S>,       &linear<S>,         &dequantize<S>,     &widen<S>, &sparse_window<S>,
-                &rotate<S>, &rotate_back<S>,    &quantize_words<S>, &trellis_linear<S>, &trellis_dequantize<S>};
+    return Tier{name,
+                &quantize<S>,
+                &linear<S>,
+                &dequantize<S>,
+                &widen<S>,
+                &sparse_window<S>,
+                &rotate<S, false>,
+                &rotate<S, true>,
+                &quantize_words<S>,
+                &trellis_linear<S>,
+                &trellis_dequantize<S>};
 }
 
 }  // namespace
