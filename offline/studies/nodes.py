@@ -36,7 +36,7 @@ def main(
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     bits: Annotated[int, typer.Option(help="Width of SqueezeLLM's tables, at the end of the path.")] = 3,
     labels: Annotated[str, typer.Option(help="As for requant convert.")] = "text",
-    compute: Annotated[str, typer.Option(help="As for requant convert.")] = "bfloat16",
+    compute: Annotated[str, typer.Option(help="As for requant convert.")] = "auto",
 ) -> None:
     """Integrate the same path with every rule and number of nodes; the picture goes beside the JSON file."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -45,9 +45,10 @@ def main(
     tokens = load_calibration(
         calibration_dataset, lm.model, lm.tokenizer, num_samples=num_samples, seq_len=seq_len, seed=0
     ).tokens
-    objective = Objective(lm.model, layers, tokens, labels=labels, compute=compute)
+    recipe = Recipe(base="squeezellm", bits=bits, labels=labels, compute=compute).on(lm.device)
+    objective = Objective(lm.model, layers, tokens, labels=labels, compute=recipe.compute)
     weights = objective.start
-    quantizer = LayerQuantizer(Recipe(base="squeezellm", bits=bits), weights, {}, objective.gradients(), TensorCache())
+    quantizer = LayerQuantizer(recipe, weights, {}, objective.gradients(), TensorCache())
     end = quantizer.restored(quantizer.quantize(None, "quantizing"), quantizer.no_masks())
     actual = objective.loss(end) - objective.loss()
     count = round(_SHARE * sum(weight.numel() for weight in weights.values()))
@@ -77,7 +78,13 @@ def main(
             log.info("%s", rows[-1])
             output.write_text(
                 json.dumps(
-                    {"tokens": list(tokens.shape), "bits": bits, "labels": labels, "compute": compute, "rows": rows},
+                    {
+                        "tokens": list(tokens.shape),
+                        "bits": bits,
+                        "labels": labels,
+                        "compute": recipe.compute,
+                        "rows": rows,
+                    },
                     indent=2,
                 )
                 + "\n"

@@ -34,12 +34,20 @@ WIDTHS = {
     "gptq": [(2, 32), (3, 64), (4, 128), (8, 128)],
     "qtip": [(1, 64), (2, 64), (3, 64), (4, 64), (5, 64), (6, 64)],
 }
+QUANTIZED_BLOCKS = 12
+
+
+def _block(name: str) -> int:
+    return int(name.removeprefix("model.layers.").partition(".")[0])
 
 
 def _mixed(lm: CausalLM, base: str, folder: Path) -> None:
-    """Every layer in the next of the base's widths, with 0.1 % of its weights sparse: no width stands out anywhere."""
+    """Every layer in the next of the base's widths, with 0.1 % of its weights sparse: no width stands out anywhere.
+
+    The last blocks stay as they are: the first twelve hold every width in every layer of a block.
+    """
     recipe = Recipe(base=base, num_samples=4, seq_len=128)
-    layers = find_layers(lm.model)
+    layers = {name: layer for name, layer in find_layers(lm.model).items() if _block(name) < QUANTIZED_BLOCKS}
     weights = {name: layer.weight.data for name, layer in layers.items()}
     calibration = load_calibration("self", lm.model, lm.tokenizer, num_samples=4, seq_len=128, seed=0)
     start, inputs = guided_statistics(Objective(lm.model, layers, calibration.tokens))
