@@ -166,6 +166,11 @@ def test_serve_hands_everything_to_vllm(checkpoint: Path) -> None:
     assert command[0] == sys.executable
     assert command[-3:] == ["--port", "9", "--enforce-eager"]
     assert command[command.index("--model") + 1] == str(checkpoint)
+    short = server_arguments(str(checkpoint), ["--port", "9"], activation_bits="8")
+    assert short[-4:] == ["--additional-config.requant.activation_bits", "8", "--port", "9"]
+    assert "--activation-bits" in requant("serve", checkpoint, "--activation-bits", "9", status=2).stderr
+    both = ("--activation-bits", "8", "--additional-config", "{}")
+    assert "does not go with" in requant("serve", checkpoint, *both, status=2).stderr
 
 
 def test_a_sweep_prints_a_line_a_run_and_goes_on_where_it_stopped(source: Path, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from tests.serving.vllm_layers import BY_ROW, FORMATS, quant_config, random_layer
+from tests.serving.vllm_layers import BY_ROW, FORMATS, load, quant_config, random_layer
+from vllm_requant import kernels
 from vllm_requant.format import ReQuantFormatError
 from vllm_requant.format.rows import concat_rows, synthetic_layer, zero_layer
 from vllm_requant.serving import register
@@ -62,6 +65,41 @@ def test_headers_are_checked_before_anything_is_built(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(ReQuantFormatError, match=r"model\.safetensors"):
         config.maybe_update_config(str(tmp_path))
+
+
+def started_with(monkeypatch, additional_config) -> None:
+    """As if vLLM built its model with that ``--additional-config``."""
+    engine = SimpleNamespace(
+        additional_config=additional_config,
+        load_config=SimpleNamespace(load_format="auto"),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+    monkeypatch.setattr("vllm_requant.serving.config.get_current_vllm_config_or_none", lambda: engine)
+
+
+@pytest.mark.parametrize(("given", "bits"), [({}, 16), ({"other": 1}, 16), ({"requant": {"activation_bits": 8}}, 8)])
+def test_additional_config_says_how_wide_activations_are(as_rank, monkeypatch, given, bits):
+    as_rank(0, 1)
+    started_with(monkeypatch, given)
+    module = ReplicatedLinear(128, 64, bias=False, quant_config=quant_config({"c": LAYER}), prefix="c")
+    load(module, {None: LAYER})
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weights = kernels.repack("uniform", LAYER.tensors, **LAYER.spec.kernel_settings, in_features=128, device="cpu")
+    outputs = {
+        width: kernels.linear(
+            "uniform", x, weights, out_features=64, **LAYER.spec.kernel_settings, activation_bits=width
+        )
+        for width in (8, 16)
+    }
+    assert not torch.equal(outputs[8], outputs[16])
+    assert torch.equal(module(x)[0], outputs[bits])
+
+
+@pytest.mark.parametrize("wrong", [{"activation_bits": 4}, {"activation_bits": "8"}, {"activation-bits": 8}, 8])
+def test_what_additional_config_says_must_mean_something(monkeypatch, wrong):
+    started_with(monkeypatch, {"requant": wrong})
+    with pytest.raises(ValueError, match="--additional-config"):
+        quant_config({"c": LAYER}).get_quant_method(torch.nn.Module(), "c")
 
 
 @pytest.mark.parametrize("fmt", BY_ROW.values(), ids=BY_ROW)

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,10 @@ _SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 def command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="DIR", help="A ReQuant checkpoint, or its Hub id.")],
+    activation_bits: Annotated[
+        Literal["16", "8"],
+        typer.Option(help="On a CPU: 16 loses nothing against bfloat16; 8 is faster, and costs accuracy."),
+    ] = "16",
 ) -> None:
     """Serve a checkpoint over the OpenAI API; every further argument goes to vLLM as it is."""
     set_up_logging()
@@ -30,11 +34,23 @@ def command(
             from ..format.reader import Checkpoint
 
             Checkpoint(model)
-    arguments = server_arguments(model, context.args)
+    arguments = server_arguments(model, context.args, activation_bits=activation_bits)
     sys.stdout.flush()
     os.execv(arguments[0], arguments)
 
 
-def server_arguments(model: str, extra: list[str]) -> list[str]:
-    """The command line that serves ``model``."""
-    return [sys.executable, "-m", _SERVER_MODULE, "--model", model, *extra]
+def server_arguments(model: str, extra: list[str], *, activation_bits: str = "16") -> list[str]:
+    """The command line that serves ``model``.
+
+    Raises:
+        BadParameter: both it and ``extra`` say what vLLM takes from one option only.
+    """
+    ours = []
+    if activation_bits != "16":
+        if any(argument.replace("_", "-").startswith("--additional-config") for argument in extra):
+            raise typer.BadParameter(
+                "--activation-bits does not go with --additional-config; "
+                f'write {{"requant": {{"activation_bits": {activation_bits}}}}} into that'
+            )
+        ours = ["--additional-config.requant.activation_bits", activation_bits]
+    return [sys.executable, "-m", _SERVER_MODULE, "--model", model, *ours, *extra]

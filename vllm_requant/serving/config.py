@@ -35,6 +35,8 @@ class RequantConfig(QuantizationConfig):
         checkpoint: the entry of ``config.json`` as it stands.
         layers: its layers under vLLM's module names (see :meth:`apply_vllm_mapper`).
         dummy: vLLM runs with ``--load-format dummy``.
+        activation_bits: see :func:`vllm_requant.kernels.linear`. ``--additional-config.requant.activation_bits 8``
+            sets it: vLLM's own place for what belongs to a plugin, and part of what its compile cache goes by.
     """
 
     def __init__(self, checkpoint: CheckpointConfig) -> None:
@@ -42,6 +44,7 @@ class RequantConfig(QuantizationConfig):
         self.checkpoint = checkpoint
         self.layers: dict[str, LayerSpec] = dict(checkpoint.layers)
         self.dummy = False
+        self.activation_bits = 16
         self._claimed: set[str] = set()
         self._pipeline_parallel = False
 
@@ -135,6 +138,7 @@ class RequantConfig(QuantizationConfig):
     def _observe_engine(self) -> None:
         engine = get_current_vllm_config_or_none()
         if engine is not None:
+            self.activation_bits = _activation_bits(engine.additional_config)
             self.dummy = engine.load_config.load_format == "dummy"
             self._pipeline_parallel = engine.parallel_config.pipeline_parallel_size > 1
 
@@ -190,3 +194,17 @@ class RequantConfig(QuantizationConfig):
                 f"{prefix}: quantized mixture-of-experts layers are not supported yet; convert the model "
                 f"with the experts left unquantized ({', '.join(named[:_NAMES_IN_MESSAGE])}, …)"
             )
+
+
+def _activation_bits(additional_config: Any) -> int:
+    """What vLLM's ``--additional-config`` says under ``requant``.
+
+    Raises:
+        ValueError: a key or value that means nothing.
+    """
+    ours = additional_config.get(QUANT_METHOD, {}) if isinstance(additional_config, Mapping) else {}
+    known = isinstance(ours, Mapping) and ours.keys() <= {"activation_bits"}
+    bits: int | None = ours.get("activation_bits", 16) if known else None
+    if bits not in (8, 16):
+        raise ValueError(f"--additional-config: {QUANT_METHOD} is {ours}, it takes activation_bits, 8 or 16")
+    return bits

@@ -86,7 +86,7 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
         if padding:
             with torch.device("cpu"):
                 parts.append(zero_layer(self.spec, padding))
-        self.segments = install_segments(layer, parts, device)
+        self.segments = install_segments(layer, parts, device, activation_bits=self.config.activation_bits)
 
     def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Rows of the token ids: int64 ``[...]`` to ``[..., hidden]`` in the layer's ``params_dtype``."""

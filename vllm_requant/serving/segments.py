@@ -29,6 +29,7 @@ class Segment(NamedTuple):
         kind: as the kernels take it.
         settings: keyword arguments of the kernels, such as ``bits``.
         in_features, out_features: of this rank.
+        activation_bits: as the kernels take them.
         names: (the kernels' name, the parameter's name in the vLLM layer) of every run-time tensor.
     """
 
@@ -36,17 +37,19 @@ class Segment(NamedTuple):
     settings: dict[str, int]
     in_features: int
     out_features: int
+    activation_bits: int
     names: tuple[tuple[str, str], ...]
 
 
 def install_segments(
-    layer: torch.nn.Module, parts: Sequence[QuantizedLayer], device: torch.device
+    layer: torch.nn.Module, parts: Sequence[QuantizedLayer], device: torch.device, *, activation_bits: int
 ) -> tuple[Segment, ...]:
     """Stack, repack and register ``parts`` as parameters ``segment<i>_<name>`` of ``layer``.
 
     Args:
         parts: this rank's canonical layers on the CPU, in the order of the output features.
         device: where the layer computes.
+        activation_bits: 16 or 8, see :func:`vllm_requant.kernels.linear`.
     """
     runs: list[list[QuantizedLayer]] = []
     for part in parts:
@@ -69,7 +72,8 @@ def install_segments(
         names = tuple((name, f"segment{index}_{name}") for name in weights)
         for name, attribute in names:
             layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
-        segments.append(Segment(spec.kind, spec.kernel_settings, spec.in_features, spec.out_features, names))
+        features = (spec.in_features, spec.out_features)
+        segments.append(Segment(spec.kind, spec.kernel_settings, *features, activation_bits, names))
         _log_kernel(spec.kind, torch.device(device).type)
     if torch.device(device).type == "cpu":
         _request_amx()
@@ -97,6 +101,7 @@ def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tens
             x,
             segment_weights(layer, segment),
             out_features=segment.out_features,
+            activation_bits=segment.activation_bits,
             **segment.settings,
         )
         for segment in segments
