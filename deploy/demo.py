@@ -5,24 +5,15 @@ Run by ``make demo``. What exists already is used again.
 
 import argparse
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+from vllm_requant.bench.servers import REQUANT, ServerError, free_port, start_server, stop, wait_until_healthy
+
 QUESTION = "What is the capital of France, and what is it known for?"
-REQUANT = [sys.executable, "-m", "vllm_requant.cli"]
-START_SECONDS = 600
-
-
-class ServerError(RuntimeError):
-    """The server did not come up."""
 
 
 def main() -> None:
@@ -70,7 +61,7 @@ def main() -> None:
     command += ["--max-model-len", "2048", "--enforce-eager", "--served-model-name", "demo"]
     server = start_server(command, log_path)
     try:
-        wait_until_healthy(server, port, log_path)
+        print(f"ready after {wait_until_healthy(server, port, log_path):.0f} s")
         step("4/4  ask over the OpenAI API, streaming")
         tokens, seconds = ask(port)
     finally:
@@ -99,41 +90,6 @@ def run(command: list[str], *, capture: bool = False) -> str:
     return done.stdout or ""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start_server(command: list[str], log_path: Path, **environment: str) -> "subprocess.Popen[bytes]":
-    """Start a server in a session of its own, so that stopping it reaches the engine's processes too."""
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return subprocess.Popen(
-        command,
-        env=defaults | os.environ | environment,
-        stdout=log_path.open("wb"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int, log_path: Path) -> None:
-    started = time.monotonic()
-    while time.monotonic() - started < START_SECONDS:
-        if server.poll() is not None:
-            tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-20:])
-            raise ServerError(f"the server ended with status {server.returncode}; the end of {log_path}:\n{tail}")
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                print(f"ready after {time.monotonic() - started:.0f} s")
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(2)
-            print(".", end="", flush=True)
-    raise ServerError(f"the server was not ready after {START_SECONDS} s; see {log_path}")
-
-
 def ask(port: int) -> tuple[int, float]:
     """Stream an answer; return generated tokens after the first and the seconds they took."""
     from openai import OpenAI
@@ -160,15 +116,6 @@ def ask(port: int) -> tuple[int, float]:
     if first is None or generated < 2:
         sys.exit("the server sent no text")
     return generated - 1, last - first
-
-
-def stop(server: "subprocess.Popen[bytes]") -> None:
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

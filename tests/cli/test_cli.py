@@ -173,6 +173,15 @@ def test_serve_hands_everything_to_vllm(checkpoint: Path) -> None:
     assert "does not go with" in requant("serve", checkpoint, *both, status=2).stderr
 
 
+def test_bench_names_what_is_wrong_before_a_server_starts(checkpoint: Path, tmp_path: Path) -> None:
+    assert "write NAME=MODEL" in requant("bench", checkpoint, "--peer", "x", status=2).stderr
+    assert "does not exist" in one_line(requant("bench", checkpoint, "--peer", "x=y.gguf", status=1))
+    (tmp_path / "y.gguf").touch()
+    peer = ("--peer", f"x={tmp_path / 'y.gguf'}", "--node-folder", tmp_path)
+    assert "npm install" in one_line(requant("bench", checkpoint, *peer, status=1))
+    assert "no config.json" in one_line(requant("bench", tmp_path, status=1))
+
+
 def test_a_sweep_prints_a_line_a_run_and_goes_on_where_it_stopped(source: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs.toml"
     runs.write_text('[all]\nbase = "rtn"\noutliers = 0\nsignificant = 0\n[runs.four]\nbits = 4\n[runs.two]\nbits = 2\n')
@@ -203,7 +212,7 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_help_names_every_command() -> None:
     out = requant("--help").stdout
-    for name in ("convert", "inspect", "eval", "serve", "sweep"):
+    for name in ("convert", "inspect", "eval", "sweep", "serve", "bench"):
         assert name in out
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from deploy.demo import REQUANT, free_port, start_server, stop, wait_until_healthy
+from vllm_requant.bench.servers import REQUANT, free_port, start_server, stop, wait_until_healthy
 from vllm_requant.offline.models import CausalLM, load_causal_lm
 from vllm_requant.offline.pipeline import Conversion
 from vllm_requant.offline.recipe import Recipe

@@ -1,4 +1,4 @@
-"""``requant``: convert, inspect, eval, serve, sweep. One file a command.
+"""``requant``: convert, inspect, eval, sweep, serve, bench. One file a command.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 good, 1 failed, 2 wrong usage.
 """
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import convert, evaluate, inspect, serve, sweep
+from . import bench, convert, evaluate, inspect, serve, sweep
 
 __all__ = ["app", "main"]
 
@@ -23,10 +23,10 @@ app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("eval")(evaluate.command)
 app.command("sweep")(sweep.command)
-app.command(
-    "serve",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)(serve.command)
+# what these do not know is vLLM's
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("serve", context_settings=_PASS_ON)(serve.command)
+app.command("bench", context_settings=_PASS_ON)(bench.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,7 +31,7 @@ def set_up_logging(*, quiet: bool = False) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for noisy in ("httpx", "filelock", "urllib3", "transformers"):
+    for noisy in ("httpx", "httpx2", "filelock", "urllib3", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -1,0 +1,79 @@
+"""Contenders side by side on one machine: all loaded, asked in turn, medians."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from .contenders import Contender
+from .measure import FIGURES, Load, Rates, measure_round
+from .servers import ServerError
+
+__all__ = ["compare", "table"]
+
+log = logging.getLogger(__name__)
+
+
+def compare(contenders: Sequence[Contender], load: Load, rounds: int) -> list[dict[str, Any]]:
+    """Time all contenders in every round, one after the other, so that a slow minute of the machine strikes all alike.
+
+    Args:
+        contenders: the first one must run; of the others those that cannot are reported and left out.
+        load: what they are asked.
+        rounds: timed, after one that is not.
+
+    Returns:
+        For each contender ``name`` and either ``error`` or ``description``, ``rounds`` (the rates of each) and
+        ``median``, both by the names of :data:`FIGURES`.
+
+    Raises:
+        ServerError: the first contender does not run, or one that ran went away.
+    """
+    results: list[dict[str, Any]] = []
+    running: dict[str, tuple[Contender, Rates]] = {}
+    with ExitStack() as stack:
+        for contender in contenders:
+            stack.callback(contender.stop)
+            log.info("%s: starting", contender.name)
+            try:
+                contender.start()
+                measure_round(contender, load, rounds, Rates())
+            except ServerError as error:
+                if contender is contenders[0]:
+                    raise
+                contender.stop()
+                log.warning("%s: left out, %s", contender.name, error)
+                results.append({"name": contender.name, "error": str(error)})
+            else:
+                running[contender.name] = contender, Rates()
+        for number in range(rounds):
+            for contender, rates in running.values():
+                measure_round(contender, load, number, rates)
+            log.info("round %d of %d done", number + 1, rounds)
+    measured = [
+        {
+            "name": name,
+            "description": contender.description,
+            "rounds": rates.rounds,
+            "median": {figure: rates.median(figure) for figure in FIGURES},
+        }
+        for name, (contender, rates) in running.items()
+    ]
+    return measured + results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """A line a contender: medians, and how many times as fast the first one is."""
+    ours = results[0]["median"]
+    width = max(len(row["name"]) for row in results)
+    lines = [" " * width + "".join(f"{title:>32}" for title in FIGURES.values())]
+    for row in results:
+        if "error" in row:
+            lines.append(f"{row['name']:<{width}}  left out: {row['error'].splitlines()[0]}")
+            continue
+        cells = [
+            f"{row['median'][figure]:.1f} " + f"({ours[figure] / row['median'][figure]:.2f} ×)".rjust(10)
+            for figure in FIGURES
+        ]
+        lines.append(f"{row['name']:<{width}}" + "".join(f"{cell:>32}" for cell in cells))
+    return "\n".join([*lines, f"(…): how many times as fast {results[0]['name']} is; medians"])

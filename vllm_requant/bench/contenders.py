@@ -1,0 +1,186 @@
+"""Who takes part: vLLM's server and llama.cpp, each behind one question: when did which token come?"""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .servers import ServerError, free_port, start_server, stop, wait_until_healthy
+
+__all__ = ["Contender", "LlamaCpp", "Vllm"]
+
+Prompts = Sequence[Sequence[int]]
+
+
+class Contender(ABC):
+    """Something that generates.
+
+    Attributes:
+        name: as the table names it.
+        description: what runs, once it runs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.description = ""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Load the model.
+
+        Raises:
+            ServerError: it cannot run here.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Prompts, new_tokens: int) -> list[list[float]]:
+        """Generate greedily for all prompts at once.
+
+        Args:
+            prompts: token ids.
+            new_tokens: for each prompt, whatever the tokens are; llama.cpp ends at its end-of-text token.
+
+        Returns:
+            For each prompt the seconds from the request to each of its tokens.
+
+        Raises:
+            ServerError: it went away.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Let the model go; allowed at any time."""
+
+
+class Vllm(Contender):
+    """vLLM's OpenAI-compatible server.
+
+    Args:
+        name: for the table.
+        folder: a model that vLLM loads.
+        log: file for the server's output.
+        threads: compute threads on a CPU, bound to as many cores from the first one on; None leaves it to vLLM.
+        max_model_len, max_num_seqs: tokens of a request, and requests at a time.
+        flags: further flags of the server.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        log: Path,
+        *,
+        threads: int | None,
+        max_model_len: int,
+        max_num_seqs: int,
+        flags: Sequence[str] = (),
+    ) -> None:
+        super().__init__(name)
+        self.folder, self.log, self.threads = folder, log, threads
+        # every prompt is new, and must be computed even if it is not
+        self.flags = ["--no-enable-prefix-caching", "--max-model-len", str(max_model_len)]
+        self.flags += ["--max-num-seqs", str(max_num_seqs), *flags]
+        self.seconds_to_start = 0.0
+        self._server: subprocess.Popen[bytes] | None = None
+        self._address = ""
+
+    def start(self) -> None:
+        port = free_port()
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.name, *self.flags]
+        bound = {} if self.threads is None else {"VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}"}
+        self._server = start_server(command, self.log, **bound)
+        self.seconds_to_start = wait_until_healthy(self._server, port, self.log)
+        self._address = f"http://127.0.0.1:{port}/v1"
+        self.description = f"vLLM, {self.folder.name}"
+
+    def generate(self, prompts: Prompts, new_tokens: int) -> list[list[float]]:
+        from openai import APIError, AsyncOpenAI
+
+        async def together() -> list[list[float]]:
+            client = AsyncOpenAI(base_url=self._address, api_key="none", max_retries=0, timeout=600)
+            async with client:
+                start = time.perf_counter()
+                return await asyncio.gather(*(self._stream(client, prompt, new_tokens, start) for prompt in prompts))
+
+        try:
+            return asyncio.run(together())
+        except APIError as error:
+            raise ServerError(f"{error} See {self.log}") from error
+
+    async def _stream(self, client: Any, prompt: Sequence[int], new_tokens: int, start: float) -> list[float]:
+        stream = await client.completions.create(
+            model=self.name,
+            prompt=list(prompt),
+            max_tokens=new_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        came: list[float] = []
+        async for chunk in stream:
+            # a server that lags behind its engine sends several at a time
+            tokens = chunk.choices[0].token_ids if chunk.choices else None
+            came += [time.perf_counter() - start] * len(tokens or ())
+        return came
+
+    def stop(self) -> None:
+        if self._server is not None:
+            stop(self._server)
+            self._server = None
+
+
+class LlamaCpp(Contender):
+    """llama.cpp through its Node binding: prebuilt for every instruction set, without a server in between.
+
+    Args:
+        name: for the table.
+        file: a GGUF file.
+        node_folder: where ``npm install node-llama-cpp`` ran.
+        threads: compute threads; None takes all cores.
+        max_model_len, max_num_seqs: tokens of a request, and requests at a time.
+    """
+
+    def __init__(
+        self, name: str, file: Path, node_folder: Path, *, threads: int, max_model_len: int, max_num_seqs: int
+    ) -> None:
+        super().__init__(name)
+        script = Path(__file__).with_name("llama_cpp.mjs")
+        settings = (threads, max_num_seqs, max_model_len)
+        self._command = ["node", str(script), str(node_folder), str(file), *map(str, settings)]
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        try:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        except FileNotFoundError:
+            raise ServerError(f"{self.name}: Node is not installed") from None
+        self.description = self._answer()["ready"]
+
+    def generate(self, prompts: Prompts, new_tokens: int) -> list[list[float]]:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"prompts": [list(p) for p in prompts], "new_tokens": new_tokens}) + "\n")
+        self._process.stdin.flush()
+        times: list[list[float]] = self._answer()
+        return times
+
+    def _answer(self) -> Any:
+        assert self._process is not None and self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            errors = self._process.communicate()[1].strip().splitlines()
+            raise ServerError(f"{self.name}: llama.cpp ended: {' '.join(errors[-5:])}")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None

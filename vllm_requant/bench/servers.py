@@ -1,0 +1,74 @@
+"""A server as a child process: start, wait, stop."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+__all__ = ["REQUANT", "ServerError", "free_port", "start_server", "stop", "wait_until_healthy"]
+
+REQUANT = [sys.executable, "-m", "vllm_requant.cli"]
+START_SECONDS = 600
+
+
+class ServerError(RuntimeError):
+    """A server did not come up, or went away."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_server(command: list[str], log: Path, **environment: str) -> "subprocess.Popen[bytes]":
+    """Start a server in a session of its own, so that stopping it reaches the engine's processes too.
+
+    Args:
+        log: file for what it prints.
+        environment: on top of this process's.
+    """
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return subprocess.Popen(
+        command,
+        env=defaults | os.environ | environment,
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait_until_healthy(server: "subprocess.Popen[bytes]", port: int, log: Path) -> float:
+    """Seconds until ``/health`` answered.
+
+    Raises:
+        ServerError: it ended, or is not ready after ten minutes.
+    """
+    started = time.monotonic()
+    while time.monotonic() - started < START_SECONDS:
+        if server.poll() is not None:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+            raise ServerError(f"the server ended with status {server.returncode}; the end of {log}:\n{tail}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return time.monotonic() - started
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise ServerError(f"the server was not ready after {START_SECONDS} s; see {log}")
+
+
+def stop(server: "subprocess.Popen[bytes]") -> None:
+    """End it with all its children."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()

@@ -1,0 +1,92 @@
+"""``requant bench``: how fast a checkpoint is served, beside its peers."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import command_errors, print_json, set_up_logging
+
+__all__ = ["command"]
+
+
+def command(
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A ReQuant checkpoint.")],
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Beside it the same weights in vLLM's bfloat16 and in vLLM's int4.")
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="Also a folder for vLLM, or a .gguf file for llama.cpp; repeatable."),
+    ] = None,
+    node_folder: Annotated[
+        Path, typer.Option(help="Where `npm install node-llama-cpp` ran; llama.cpp comes from there.")
+    ] = Path(),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Compute threads of all, on a CPU; otherwise vLLM's choice, all cores.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt of the prefill figure.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens that a request decodes.")] = 128,
+    requests: Annotated[int, typer.Option(min=1, help="Requests at once in the batch figure.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each figure; the median counts.")] = 5,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the peers' models and the servers' logs there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Time real servers: decoding, prefill, many requests at once; every further argument goes to all of vLLM's."""
+    set_up_logging()
+    with command_errors():
+        if importlib.util.find_spec("vllm") is None:
+            raise OSError("vLLM is not installed; install vllm-requant with the extra 'cpu' or 'cuda' (see README.md)")
+        from ..bench.comparison import compare, table
+        from ..bench.contenders import Contender, LlamaCpp, Vllm
+        from ..bench.measure import Load
+        from ..bench.peers import write_bfloat16, write_int4
+        from ..format.reader import Checkpoint
+
+        vocab_size = Checkpoint(checkpoint).model_config["vocab_size"]
+        named = dict(_named(item, node_folder) for item in peer or ())
+        load = Load(vocab_size, prompt_tokens, new_tokens, requests)
+        limits: dict[str, Any] = {"max_model_len": load.max_model_len, "max_num_seqs": load.requests}
+        with tempfile.TemporaryDirectory(prefix="requant-bench-") as temporary:
+            work = work or Path(temporary)
+            folders = {"ReQuant": checkpoint}
+            if peers:
+                for name, write in (("vLLM-bfloat16", write_bfloat16), ("vLLM-int4", write_int4)):
+                    folders[name] = work / name.lower()
+                    folders[name].mkdir(parents=True, exist_ok=True)
+                    write(checkpoint, folders[name])
+            folders |= {name: model for name, model in named.items() if model.suffix != ".gguf"}
+            contenders: list[Contender] = [
+                Vllm(name, folder, work / f"{name}.log", threads=threads, flags=context.args, **limits)
+                for name, folder in folders.items()
+            ]
+            contenders += [
+                LlamaCpp(name, file, node_folder, threads=threads or os.cpu_count() or 1, **limits)
+                for name, file in named.items()
+                if file.suffix == ".gguf"
+            ]
+            results = compare(contenders, load, rounds)
+        if as_json:
+            print_json({"threads": threads, "load": vars(load), "vllm_arguments": context.args, "results": results})
+        else:
+            typer.echo(table(results))
+
+
+def _named(item: str, node_folder: Path) -> tuple[str, Path]:
+    name, separator, model = item.partition("=")
+    if not separator or not name or not model:
+        raise typer.BadParameter(f"--peer {item}: write NAME=MODEL")
+    if not Path(model).exists():
+        raise FileNotFoundError(f"--peer {item}: {model} does not exist")
+    if model.endswith(".gguf") and not (node_folder / "node_modules/node-llama-cpp").exists():
+        raise FileNotFoundError(
+            f"--peer {item}: llama.cpp is not in {node_folder}; run `npm install node-llama-cpp` there, "
+            "or name with --node-folder where it ran"
+        )
+    return name, Path(model)
