@@ -1,9 +1,10 @@
 """``python -m vllm_requant.kernels.bench [--json FILE]``: speed of the CPU kernels, torch's beside it.
 
-For every shape, kind, width and batch: microseconds a call (the minimum of several repeats), weights and bytes
-of weights a second, the share of the read bandwidth measured in this run, and the speed-up over torch's
-``F.linear`` in bfloat16 on the same shape. Large layers rotate through copies that exceed most caches, as the
-layers of a large model do; small ones stay in the cache, as those of a small model may.
+For every shape, format and batch: microseconds a call (the least of several repeats), weights and bytes of weights a
+second, the share of the read bandwidth measured in this run, the speed-up over torch's ``F.linear`` in bfloat16 on
+the same shape, and the error against reference.py in float64, relative to the size of the output; for one activation
+also what the residual adds. Large layers rotate through copies that exceed most caches, as the layers of a large model
+do; small ones stay in the cache, as those of a small model may.
 """
 
 import argparse
@@ -12,53 +13,101 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import cpu, kernel_path, linear, repack
+from .. import cpu, kernel_path, linear, reference, repack
 from ..bitstream import pack_codes
 
 SHAPES = ((4096, 4096), (14336, 4096), (576, 576), (1536, 576), (576, 1536), (960, 576), (3072, 576))
 """``(out_features, in_features)``; SmolLM2-135M's layers, the last two as vLLM fuses them."""
 
+
+class Format(NamedTuple):
+    """Settings of the kernels, by the names that they go by there; 0 where a kind has none."""
+
+    kind: str
+    bits: int
+    group_size: int = 0
+    state_bits: int = 0
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return {"bits": self.bits, "group_size": self.group_size, "state_bits": self.state_bits}
+
+
 FORMATS = (
-    ("uniform", 2, 64),
-    ("uniform", 3, 64),
-    ("uniform", 4, 128),
-    ("uniform", 8, 128),
-    ("lut", 2, 0),
-    ("lut", 3, 0),
-    ("lut", 4, 0),
+    *(Format("uniform", bits, group_size) for bits, group_size in ((2, 64), (3, 64), (4, 128), (8, 128))),
+    *(Format("lut", bits) for bits in (2, 3, 4)),
+    *(Format("trellis", bits, state_bits=12) for bits in (2, 3, 4)),
 )
-BATCHES = (1, 16, 512)
+BATCHES = (1, 4, 16, 64, 512)
 DENSITY = 0.0005
+DENSITIES = (0.0, DENSITY, 0.005)
 COLD_BYTES = 256 << 20
 
 
-def canonical(kind: str, rows: int, columns: int, bits: int, group_size: int, density: float) -> dict[str, Tensor]:
-    """Random canonical tensors of a layer."""
+def canonical(form: Format, rows: int, columns: int) -> dict[str, Tensor]:
+    """Random canonical tensors of a layer without a residual."""
     generator = torch.Generator().manual_seed(0)
 
     def codes(count: int) -> Tensor:
-        return pack_codes(torch.randint(1 << bits, (rows, count), dtype=torch.uint8, generator=generator), bits)
+        return pack_codes(
+            torch.randint(1 << form.bits, (rows, count), dtype=torch.uint8, generator=generator), form.bits
+        )
 
-    tensors = {"qweight": codes(columns)}
-    if kind == "uniform":
-        groups = -(-columns // group_size)
-        tensors["scales"] = torch.rand(rows, groups, generator=generator).mul(0.01).add(0.001).half()
-        tensors["qzeros"] = codes(groups)
-    else:
-        tensors["lookup_table"] = torch.randn(rows, 1 << bits, generator=generator).half()
+    def random_bytes(*shape: int) -> Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+    if form.kind == "lut":
+        table = torch.randn(rows, 1 << form.bits, generator=generator).half()
+        return {"qweight": codes(columns), "lookup_table": table}
+    if form.kind == "uniform":
+        groups = -(-columns // form.group_size)
+        scales = torch.rand(rows, groups, generator=generator).mul(0.01).add(0.001).half()
+        return {"qweight": codes(columns), "scales": scales, "qzeros": codes(groups)}
+    block_out, block_in = (min(128, size & -size) for size in (rows, columns))
+    tiles = columns * block_out // reference.TILE
+    return {
+        "qweight": random_bytes(rows // block_out, tiles, reference.TILE * form.bits // 8),
+        "scales": torch.rand(rows // block_out, columns // block_in, generator=generator).mul(0.01).add(0.001).half(),
+        "signs_in": random_bytes(columns // 8),
+        "signs_out": random_bytes(rows // 8),
+    }
+
+
+def residual(rows: int, columns: int, density: float) -> dict[str, Tensor]:
+    """A random sparse part; nothing for density 0."""
+    if not density:
+        return {}
+    generator = torch.Generator().manual_seed(1)
     mask = torch.rand(rows, columns, generator=generator) < density
-    if mask.any():
-        indptr = torch.zeros(rows + 1, dtype=torch.int32)
-        indptr[1:] = mask.sum(1).cumsum(0)
-        tensors["sparse_indptr"] = indptr
-        tensors["sparse_indices"] = mask.nonzero()[:, 1].to(torch.uint16)
-        tensors["sparse_values"] = torch.randn(int(indptr[-1]), generator=generator).half()
-    return tensors
+    indptr = torch.zeros(rows + 1, dtype=torch.int32)
+    indptr[1:] = mask.sum(1).cumsum(0)
+    return {
+        "sparse_indptr": indptr,
+        "sparse_indices": mask.nonzero()[:, 1].to(torch.uint16),
+        "sparse_values": torch.randn(int(indptr[-1]), generator=generator).half(),
+    }
+
+
+def weight_of(form: Format, tensors: dict[str, Tensor], columns: int) -> Tensor:
+    """float32 ``[rows, columns]`` by reference.py."""
+    if form.kind == "uniform":
+        dense = [tensors[name] for name in ("qweight", "scales", "qzeros")]
+        weight = reference.dequantize_uniform(*dense, bits=form.bits, group_size=form.group_size, in_features=columns)
+    elif form.kind == "lut":
+        dense = [tensors[name] for name in ("qweight", "lookup_table")]
+        weight = reference.dequantize_lut(*dense, bits=form.bits, in_features=columns)
+    else:
+        dense = [tensors[name] for name in ("qweight", "scales", "signs_in", "signs_out")]
+        weight = reference.dequantize_trellis(*dense, bits=form.bits, state_bits=form.state_bits, in_features=columns)
+    if "sparse_values" in tensors:
+        sparse = (tensors[f"sparse_{name}"] for name in ("indptr", "indices", "values"))
+        weight = reference.add_sparse_(weight, *sparse)
+    return weight
 
 
 def seconds(call: Callable[[int], object], budget: float) -> float:
@@ -80,7 +129,39 @@ def read_bandwidth(threads: int) -> float:
     return block.numel() / seconds(lambda _: native.requant_read(block.data_ptr(), block.numel(), threads), 1.0)
 
 
-def measure(shape: tuple[int, int], budget: float, bandwidth: float) -> Iterator[dict[str, Any]]:
+class Layers:
+    """A layer as the kernels take it, and as many copies as it takes to find none in the cache.
+
+    Args:
+        form: its format.
+        tensors: canonical.
+        shape: its output and input features.
+        activation_bits: as the kernels take it.
+    """
+
+    def __init__(self, form: Format, tensors: dict[str, Tensor], shape: tuple[int, int], activation_bits: int) -> None:
+        self.form, self.shape, self.activation_bits = form, shape, activation_bits
+        layer = repack(form.kind, tensors, **form.settings, in_features=shape[1], device="cpu")
+        self.nbytes = sum(tensor.nbytes for tensor in layer.values())
+        self.copies = [layer] + [
+            {name: tensor.clone() for name, tensor in layer.items()} for _ in range(_copies(self.nbytes) - 1)
+        ]
+
+    def __call__(self, x: Tensor, copy: int = 0) -> Tensor:
+        return linear(
+            self.form.kind,
+            x,
+            self.copies[copy % len(self.copies)],
+            out_features=self.shape[0],
+            **self.form.settings,
+            activation_bits=self.activation_bits,
+        )
+
+    def seconds(self, x: Tensor, budget: float) -> float:
+        return seconds(lambda i: self(x, i), budget)
+
+
+def measure(shape: tuple[int, int], budget: float, bandwidth: float, activation_bits: int) -> Iterator[dict[str, Any]]:
     """One result for every format and batch on ``shape``."""
     rows, columns = shape
     dense = [torch.randn(rows, columns, dtype=torch.bfloat16)]
@@ -92,44 +173,34 @@ def measure(shape: tuple[int, int], budget: float, bandwidth: float) -> Iterator
         return seconds(lambda i: torch.nn.functional.linear(x, dense[i % len(dense)]), budget)
 
     peer = {batch: run_dense(batch) for batch in BATCHES}
-    for kind, bits, group_size in FORMATS:
-        layer = repack(
-            kind,
-            canonical(kind, rows, columns, bits, group_size, DENSITY),
-            bits=bits,
-            group_size=group_size,
-            in_features=columns,
-            device="cpu",
-        )
-        nbytes = sum(tensor.nbytes for tensor in layer.values())
-        layers = [layer] + [
-            {name: tensor.clone() for name, tensor in layer.items()} for _ in range(_copies(nbytes) - 1)
-        ]
-
+    for form in FORMATS:
+        tensors = canonical(form, rows, columns)
+        by_density = {density: tensors | residual(rows, columns, density) for density in DENSITIES}
+        alone = {
+            density: Layers(form, tensors, shape, activation_bits).seconds(inputs[1], budget)
+            for density, tensors in by_density.items()
+        }
+        layers = Layers(form, by_density[DENSITY], shape, activation_bits)
+        exact = inputs[BATCHES[-1]].double() @ weight_of(form, by_density[DENSITY], columns).double().t()
+        off = layers(inputs[BATCHES[-1]]).double() - exact
         for batch, x in inputs.items():
-            took = _time_linear(kind, x, layers, rows, bits, group_size, budget)
+            took = alone[DENSITY] if batch == 1 else layers.seconds(x, budget)
             yield {
                 "out_features": rows,
                 "in_features": columns,
-                "kind": kind,
-                "bits": bits,
-                "group_size": group_size,
+                **form._asdict(),
                 "density": DENSITY,
+                "activation_bits": activation_bits,
                 "batch": batch,
                 "microseconds": took * 1e6,
                 "gweights_per_s": rows * columns / took / 1e9,
-                "weight_gbytes_per_s": nbytes / took / 1e9,
-                "share_of_read_bandwidth": nbytes / took / bandwidth,
+                "weight_gbytes_per_s": layers.nbytes / took / 1e9,
+                "share_of_read_bandwidth": layers.nbytes / took / bandwidth,
                 "bf16_linear_microseconds": peer[batch] * 1e6,
                 "speedup_over_bf16_linear": peer[batch] / took,
+                "relative_error": float(off.norm() / exact.norm()),
+                "residual_cost": {str(d): alone[d] / alone[0.0] - 1 for d in DENSITIES[1:]} if batch == 1 else None,
             }
-
-
-def _time_linear(
-    kind: str, x: Tensor, layers: list[dict[str, Tensor]], rows: int, bits: int, group_size: int, budget: float
-) -> float:
-    settings = {"out_features": rows, "bits": bits, "group_size": group_size}
-    return seconds(lambda i: linear(kind, x, layers[i % len(layers)], **settings), budget)
 
 
 def _copies(nbytes: int) -> int:
@@ -141,34 +212,46 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--threads", type=int, help="compute threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds spent on one figure (default: 0.1)")
+    parser.add_argument("--activation-bits", type=int, choices=(8, 16), default=16, help="default: 16")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     threads = torch.get_num_threads()
     bandwidth = read_bandwidth(threads)
     print(f"{kernel_path('uniform', 'cpu')}, {threads} threads, reads {bandwidth / 1e9:.1f} GB/s, x in bfloat16")
-    print(f"{'shape':>12} {'format':>10} {'batch':>5} {'µs':>9} {'Gw/s':>7} {'GB/s':>6} {'of read':>7} {'x bf16':>6}")
+    head = f"{'shape':>12} {'format':>10} {'batch':>5} {'µs':>9} {'Gw/s':>7} {'GB/s':>6} {'of read':>7} {'x bf16':>6}"
+    print(head + f" {'error':>8}  residual of " + ", ".join(f"{density:.2%}" for density in DENSITIES[1:]))
     results = []
     for shape in SHAPES:
-        for result in measure(shape, options.budget, bandwidth):
+        for result in measure(shape, options.budget, bandwidth, options.activation_bits):
             results.append(result)
+            costs = (result["residual_cost"] or {}).values()
             print(
                 f"{'{out_features}x{in_features}'.format(**result):>12} {'{kind}{bits}'.format(**result):>10}"
                 f" {result['batch']:5d} {result['microseconds']:9.1f} {result['gweights_per_s']:7.2f}"
                 f" {result['weight_gbytes_per_s']:6.2f} {result['share_of_read_bandwidth']:7.1%}"
-                f" {result['speedup_over_bf16_linear']:6.2f}",
+                f" {result['speedup_over_bf16_linear']:6.2f} {result['relative_error']:8.1e}  "
+                + ", ".join(f"{cost:+.1%}" for cost in costs),
                 flush=True,
             )
     if options.json:
         report = {
             "path": kernel_path("uniform", "cpu"),
             "threads": threads,
-            "machine": platform.processor() or platform.machine(),
+            "machine": _processor(),
             "torch": torch.__version__,
             "read_gbytes_per_s": bandwidth / 1e9,
             "results": results,
         }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _processor() -> str:
+    """What the processor calls itself, where Linux says so."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
