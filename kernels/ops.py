@@ -69,9 +69,13 @@ def _packed_linear_any(x: Tensor, packed: Tensor, out_features: int, planes: int
     return y.view(*x.shape[:-1], out_features)
 
 
+def _panel_dtype(x: Tensor) -> torch.dtype:
+    """In which the product with panels is computed. Weights may leave float16's range, bfloat16's they cannot."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and cpu.multiplies_bfloat16() else torch.float32
+
+
 def _linear_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    # weights may leave float16's range (15 steps of a large scale), bfloat16's they cannot
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    dtype = _panel_dtype(x)
     wide, in_features = x.to(dtype), x.shape[1]
     panel = max(64, PANEL_BYTES // (in_features * dtype.itemsize) // 64 * 64)
     buffer = torch.empty(min(panel, out_features), in_features, dtype=dtype)
@@ -83,15 +87,16 @@ def _linear_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
 
 
 def _trellis_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    dtype = _panel_dtype(x)
     wide, columns = x.float(), x.shape[1]
     rotated = cpu.trellis_rotate(wide.clone(), packed).to(dtype)
     panel = max(128, PANEL_BYTES // (columns * 4) // 128 * 128)
-    buffer = torch.empty(min(panel, out_features), columns)
+    buffer = torch.empty(columns * min(panel, out_features))
     y = torch.empty(x.shape[0], out_features)
     for first in range(0, out_features, panel):
-        part = cpu.trellis_dequantize(packed, buffer[: out_features - first], first)
-        y[:, first : first + panel] = rotated @ part.to(dtype).t()
+        count = min(panel, out_features - first)
+        part = cpu.trellis_dequantize(packed, buffer[: columns * count].view(columns, count), first)
+        y[:, first : first + count] = rotated @ part.to(dtype)
     return cpu.trellis_rotate_back(y, wide, packed).to(x.dtype)
 
 

@@ -36,7 +36,10 @@ ISA_NAMES = ("scalar", "avx2", "avx512")
 SMALL_BATCH = 16
 """Largest batch that is multiplied from codes where torch's product of dequantized panels is faster for larger ones."""
 
-_UNLIMITED = (1 << 63) - 1
+FUSED_BATCHES = (64, 32, SMALL_BATCH, SMALL_BATCH)
+"""The same where torch computes in float32, which is slower: of uniform, lut and trellis weights, and of any with
+float32 inputs. Measured with AVX2."""
+
 _KINDS = {"uniform": 0, "lut": 1}
 _TRELLIS = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -74,7 +77,7 @@ def library() -> ctypes.CDLL:
         "requant_trellis_rotate": (number, (*packed, size, pointer, pointer, number)),
         "requant_read": (ctypes.c_uint64, (pointer, size, number)),
         "requant_register_ops": (number, (pointer,)),
-        "requant_set_fused_batch": (None, (size, size)),
+        "requant_set_fused_batch": (None, 4 * (size,)),
         "requant_fused_batch": (size, (*packed, number)),
     }
     try:
@@ -88,14 +91,14 @@ def library() -> ctypes.CDLL:
         if cap not in ISA_NAMES:
             raise ValueError(f"REQUANT_CPU_ISA is {cap!r}, must be one of {', '.join(ISA_NAMES)}")
         native.requant_set_isa(ISA_NAMES.index(cap))
-    # integer products beat torch's in float32, not those in bfloat16 that a processor has instructions for
-    native.requant_set_fused_batch(SMALL_BATCH if multiplies_bfloat16() else _UNLIMITED, SMALL_BATCH)
+    native.requant_set_fused_batch(*(4 * (SMALL_BATCH,) if multiplies_bfloat16() else FUSED_BATCHES))
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     if native.requant_register_ops(torch_cpu._handle):
         raise NativeCodeError(f"torch {torch.__version__} lacks the stable C interface that the CPU kernels use")
     return native
 
 
+@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it; without, torch takes several times as long as in float32."""
     found = torch.cpu.get_capabilities()
@@ -257,10 +260,12 @@ def trellis_rotate_back(y: Tensor, x: Tensor, packed: Tensor) -> Tensor:
 
 
 def trellis_dequantize(packed: Tensor, out: Tensor, first: int) -> Tensor:
-    """Write rotated weights of the rows from ``first`` on into ``out``, contiguous float32 ``[count, in_features]``.
+    """Write rotated weights of the rows from ``first`` on into ``out``, contiguous float32 ``[in_features, count]``.
 
     ``first`` and ``count`` are multiples of the output block.
     """
-    weight = (packed.data_ptr(), packed.numel(), out.shape[1])
-    _check(library().requant_trellis_dequantize(*weight, first, out.shape[0], out.data_ptr()))
+    columns, count = out.shape
+    _check(
+        library().requant_trellis_dequantize(packed.data_ptr(), packed.numel(), columns, first, count, out.data_ptr())
+    )
     return out

@@ -40,7 +40,7 @@ int supported_isa() {
 }
 
 int current_isa = supported_isa();
-int64_t fused_batch = INT64_MAX, other_fused_batch = INT64_MAX;
+int64_t fused_batch[] = {INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX};  // by kind; the last one is of long activations
 
 const Tier& tier() {
 #if defined(__x86_64__)
@@ -512,7 +512,7 @@ REQUANT_API int requant_trellis_dequantize(const void* packed, int64_t packed_by
     if (first < 0 || count < 0 || first + count > h->rows || first % block || count % block) return ID_OUT_OF_RANGE;
     const Trellis w = trellis_of(*h);
     share(thread_count(count * columns, count / block), count / block, [&](int64_t begin, int64_t end, int) {
-        tier().trellis_dequantize(w, first / block + begin, first / block + end, out + begin * block * columns);
+        tier().trellis_dequantize(w, first / block + begin, first / block + end, out + begin * block, count);
     });
     return OK;
 }
@@ -542,17 +542,17 @@ REQUANT_API int requant_kind(const void* packed, int64_t packed_bytes) {
     return h ? h->kind : BAD_ARGUMENT;
 }
 
-// Largest batch that is to be multiplied from codes: `integers` with activations of up to 16 bits, `others` with longer
-// ones and for the trellis kind.
-REQUANT_API void requant_set_fused_batch(int64_t integers, int64_t others) {
-    fused_batch = integers;
-    other_fused_batch = others;
+// Largest batches that are to be multiplied from codes: of a kind with activations of up to 16 bits, of all with longer
+// ones.
+REQUANT_API void requant_set_fused_batch(int64_t uniform, int64_t lut, int64_t trellis, int64_t long_activations) {
+    const int64_t largest[] = {uniform, lut, trellis, long_activations};
+    for (int i = 0; i < 4; ++i) fused_batch[i] = largest[i];
 }
 
 REQUANT_API int64_t requant_fused_batch(const void* packed, int64_t packed_bytes, int planes) {
     const Header* h = header_of(packed, packed_bytes);
     if (!h) return BAD_ARGUMENT;
-    return h->kind == TRELLIS || planes > 2 ? other_fused_batch : fused_batch;
+    return fused_batch[planes > 2 ? 3 : h->kind];
 }
 
 // Reads `bytes` (a multiple of 64) with `threads` threads and returns a checksum: the yardstick of the

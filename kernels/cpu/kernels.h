@@ -148,7 +148,7 @@ struct Tier {
     void (*trellis_linear)(const Trellis&, const TrellisActivations&, int64_t begin, int64_t end, int dtype, void* y,
                            float* sums);
     // out [.., columns]: rotated weights of the row blocks begin ... end - 1, from block `begin` on
-    void (*trellis_dequantize)(const Trellis&, int64_t begin, int64_t end, float* out);
+    void (*trellis_dequantize)(const Trellis&, int64_t begin, int64_t end, float* out, int64_t stride);
 };
 
 extern const Tier SCALAR_TIER;

@@ -175,9 +175,10 @@ void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begi
     }
 }
 
-// Rotated weights of the row blocks begin ... end - 1: out float32 [.., columns], from row block `begin` on.
+// Rotated weights of the row blocks begin ... end - 1, transposed: out float32 [columns, stride], from row block `begin`
+// on. A string runs down a column; rows of weights would be written a float a cache line.
 template <class S, int K>
-void trellis_rows(const Trellis& w, int64_t begin, int64_t end, float* out) {
+void trellis_rows(const Trellis& w, int64_t begin, int64_t end, float* out, int64_t stride) {
     const uint32_t mask = (1u << w.state_bits) - 1;
     const int64_t size = w.block_out, tile_columns = TILE / size;
     const int64_t tiles = w.columns / tile_columns, groups = w.columns / w.block_in;
@@ -186,27 +187,26 @@ void trellis_rows(const Trellis& w, int64_t begin, int64_t end, float* out) {
             const uint8_t* tile = w.codes + (block * tiles + t) * trellis_stride(K);
             const float scale = S::half_to_float(w.scales[block * groups + t * tile_columns / w.block_in]);
             for (int v = 0; v < TILE / WIDTH; ++v) {
-                float values[WIDTH] = {};
+                const int64_t column = t * tile_columns + v * WIDTH / size;
+                float* to = out + column * stride + (block - begin) * size + v * WIDTH % size;
+                __builtin_memset(to, 0, WIDTH * sizeof(float));
                 for (int h = 0; h < WIDTH / S::lanes; ++h) {
                     const typename S::Lanes pairs = decoded<S, K>(tile + v * 2 * K, h, mask);
-                    S::add_scaled(values + h * S::lanes, S::dot(typename S::Lanes{}, pairs, 0x00010001), 510, scale);
+                    S::add_scaled(to + h * S::lanes, S::dot(typename S::Lanes{}, pairs, 0x00010001), 510, scale);
                 }
-                const int64_t column = t * tile_columns + v * WIDTH / size;
-                const int64_t row = (block - begin) * size + v * WIDTH % size;
-                for (int i = 0; i < WIDTH; ++i) out[(row + i) * w.columns + column] = values[i];
             }
         }
 }
 
 template <class S>
-void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out) {
+void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out, int64_t stride) {
     switch (w.bits) {
-        case 1: return trellis_rows<S, 1>(w, begin, end, out);
-        case 2: return trellis_rows<S, 2>(w, begin, end, out);
-        case 3: return trellis_rows<S, 3>(w, begin, end, out);
-        case 4: return trellis_rows<S, 4>(w, begin, end, out);
-        case 5: return trellis_rows<S, 5>(w, begin, end, out);
-        default: return trellis_rows<S, 6>(w, begin, end, out);
+        case 1: return trellis_rows<S, 1>(w, begin, end, out, stride);
+        case 2: return trellis_rows<S, 2>(w, begin, end, out, stride);
+        case 3: return trellis_rows<S, 3>(w, begin, end, out, stride);
+        case 4: return trellis_rows<S, 4>(w, begin, end, out, stride);
+        case 5: return trellis_rows<S, 5>(w, begin, end, out, stride);
+        default: return trellis_rows<S, 6>(w, begin, end, out, stride);
     }
 }
 
