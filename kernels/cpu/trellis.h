@@ -68,7 +68,7 @@ void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t bloc
                 const int32_t whole = steps.whole(from[i]);
                 const int32_t part[2] = {words == 1 ? whole : whole >> 15, whole & 32767};
                 for (int word = 0; word < words; ++word) {
-                    out[(here * words + word) * block + i] = (part[word] & 0xffff) * 0x00010001;
+                    out[(here * words + word) * block + i] = int32_t((uint32_t(part[word]) & 0xffff) * 0x00010001u);
                     sums[here * words + word] += 510 * part[word];
                 }
             }
