@@ -98,7 +98,6 @@ def library() -> ctypes.CDLL:
     return native
 
 
-@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it; without, torch takes several times as long as in float32."""
     found = torch.cpu.get_capabilities()
