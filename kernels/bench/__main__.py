@@ -47,6 +47,11 @@ BATCHES = (1, 4, 16, 64, 512)
 DENSITY = 0.0005
 DENSITIES = (0.0, DENSITY, 0.005)
 COLD_BYTES = 256 << 20
+_DEQUANTIZE: dict[str, Callable[..., Tensor]] = {
+    "uniform": reference.dequantize_uniform,
+    "lut": reference.dequantize_lut,
+    "trellis": reference.dequantize_trellis,
+}
 
 
 def canonical(form: Format, rows: int, columns: int) -> dict[str, Tensor]:
@@ -95,15 +100,9 @@ def residual(rows: int, columns: int, density: float) -> dict[str, Tensor]:
 
 def weight_of(form: Format, tensors: dict[str, Tensor], columns: int) -> Tensor:
     """float32 ``[rows, columns]`` by reference.py."""
-    if form.kind == "uniform":
-        dense = [tensors[name] for name in ("qweight", "scales", "qzeros")]
-        weight = reference.dequantize_uniform(*dense, bits=form.bits, group_size=form.group_size, in_features=columns)
-    elif form.kind == "lut":
-        dense = [tensors[name] for name in ("qweight", "lookup_table")]
-        weight = reference.dequantize_lut(*dense, bits=form.bits, in_features=columns)
-    else:
-        dense = [tensors[name] for name in ("qweight", "scales", "signs_in", "signs_out")]
-        weight = reference.dequantize_trellis(*dense, bits=form.bits, state_bits=form.state_bits, in_features=columns)
+    dense = {name: tensor for name, tensor in tensors.items() if not name.startswith("sparse")}
+    settings = {name: value for name, value in form.settings.items() if value}
+    weight = _DEQUANTIZE[form.kind](**dense, **settings, in_features=columns)
     if "sparse_values" in tensors:
         sparse = (tensors[f"sparse_{name}"] for name in ("indptr", "indices", "values"))
         weight = reference.add_sparse_(weight, *sparse)
@@ -176,15 +175,18 @@ def measure(shape: tuple[int, int], budget: float, bandwidth: float, activation_
     for form in FORMATS:
         tensors = canonical(form, rows, columns)
         by_density = {density: tensors | residual(rows, columns, density) for density in DENSITIES}
-        alone = {
-            density: Layers(form, tensors, shape, activation_bits).seconds(inputs[1], budget)
-            for density, tensors in by_density.items()
-        }
         layers = Layers(form, by_density[DENSITY], shape, activation_bits)
-        exact = inputs[BATCHES[-1]].double() @ weight_of(form, by_density[DENSITY], columns).double().t()
-        off = layers(inputs[BATCHES[-1]]).double() - exact
+        alone = {
+            density: (
+                layers if density == DENSITY else Layers(form, by_density[density], shape, activation_bits)
+            ).seconds(inputs[1], budget)
+            for density in DENSITIES
+        }
+        weight = weight_of(form, by_density[DENSITY], columns).double().t()
         for batch, x in inputs.items():
             took = alone[DENSITY] if batch == 1 else layers.seconds(x, budget)
+            exact = x.double() @ weight
+            off = layers(x).double() - exact
             yield {
                 "out_features": rows,
                 "in_features": columns,

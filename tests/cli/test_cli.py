@@ -12,8 +12,9 @@ import typer
 
 import vllm_requant
 from tests import tiny
+from vllm_requant.bench.servers import ServerError
 from vllm_requant.cli.options import find_device
-from vllm_requant.cli.output import byte_size
+from vllm_requant.cli.output import byte_size, command_errors
 from vllm_requant.cli.serve import server_arguments
 from vllm_requant.offline.recipe import RecipeError
 
@@ -175,11 +176,20 @@ def test_serve_hands_everything_to_vllm(checkpoint: Path) -> None:
 
 def test_bench_names_what_is_wrong_before_a_server_starts(checkpoint: Path, tmp_path: Path) -> None:
     assert "write NAME=MODEL" in requant("bench", checkpoint, "--peer", "x", status=2).stderr
+    taken = requant("bench", checkpoint, "--peer", f"ReQuant={checkpoint}", status=2)
+    assert "is taken" in taken.stderr
     assert "does not exist" in one_line(requant("bench", checkpoint, "--peer", "x=y.gguf", status=1))
     (tmp_path / "y.gguf").touch()
     peer = ("--peer", f"x={tmp_path / 'y.gguf'}", "--node-folder", tmp_path)
     assert "npm install" in one_line(requant("bench", checkpoint, *peer, status=1))
     assert "no config.json" in one_line(requant("bench", tmp_path, status=1))
+
+
+def test_a_server_that_does_not_come_up_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_, command_errors():
+        raise ServerError("the server ended with status 1")
+    assert exit_.value.exit_code == 1
+    assert capsys.readouterr().err == "requant: error: the server ended with status 1\n"
 
 
 def test_a_sweep_prints_a_line_a_run_and_goes_on_where_it_stopped(source: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from vllm_requant.bench.servers import REQUANT, free_port, start_server, stop, wait_until_healthy
+from vllm_requant.bench.servers import REQUANT, free_port, server_command, start_server, stop, wait_until_healthy
 from vllm_requant.offline.models import CausalLM, load_causal_lm
 from vllm_requant.offline.pipeline import Conversion
 from vllm_requant.offline.recipe import Recipe
@@ -95,10 +94,7 @@ def _anonymous_bytes(pid: int) -> int:
 def serve(folder: Path, log: Path, *flags: str, plugin: bool = True, **environment: str) -> Iterator[Server]:
     """vLLM's own server on ``folder``; without ``plugin`` nothing of ours is on its command line."""
     port = free_port()
-    if plugin:
-        command = [*REQUANT, "serve", str(folder)]
-    else:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command = [*REQUANT, "serve", str(folder)] if plugin else server_command(str(folder), [])
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
     command += ["--max-model-len", "512", "--enforce-eager", *flags]
     process = start_server(command, log, **environment)

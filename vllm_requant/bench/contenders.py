@@ -3,14 +3,13 @@
 import asyncio
 import json
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .servers import ServerError, free_port, start_server, stop, wait_until_healthy
+from .servers import ServerError, free_port, server_command, start_server, stop, wait_until_healthy
 
 __all__ = ["Contender", "LlamaCpp", "Vllm"]
 
@@ -85,17 +84,15 @@ class Vllm(Contender):
         # every prompt is new, and must be computed even if it is not
         self.flags = ["--no-enable-prefix-caching", "--max-model-len", str(max_model_len)]
         self.flags += ["--max-num-seqs", str(max_num_seqs), *flags]
-        self.seconds_to_start = 0.0
         self._server: subprocess.Popen[bytes] | None = None
         self._address = ""
 
     def start(self) -> None:
         port = free_port()
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.name, *self.flags]
+        flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.name, *self.flags]
         bound = {} if self.threads is None else {"VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}"}
-        self._server = start_server(command, self.log, **bound)
-        self.seconds_to_start = wait_until_healthy(self._server, port, self.log)
+        self._server = start_server(server_command(str(self.folder), flags), self.log, **bound)
+        wait_until_healthy(self._server, port, self.log)
         self._address = f"http://127.0.0.1:{port}/v1"
         self.description = f"vLLM, {self.folder.name}"
 
@@ -141,24 +138,38 @@ class LlamaCpp(Contender):
     Args:
         name: for the table.
         file: a GGUF file.
+        log: file for what llama.cpp has to say.
         node_folder: where ``npm install node-llama-cpp`` ran.
-        threads: compute threads; None takes all cores.
+        threads: compute threads.
         max_model_len, max_num_seqs: tokens of a request, and requests at a time.
     """
 
     def __init__(
-        self, name: str, file: Path, node_folder: Path, *, threads: int, max_model_len: int, max_num_seqs: int
+        self,
+        name: str,
+        file: Path,
+        log: Path,
+        node_folder: Path,
+        *,
+        threads: int,
+        max_model_len: int,
+        max_num_seqs: int,
     ) -> None:
         super().__init__(name)
         script = Path(__file__).with_name("llama_cpp.mjs")
         settings = (threads, max_num_seqs, max_model_len)
+        self.log = log
         self._command = ["node", str(script), str(node_folder), str(file), *map(str, settings)]
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         try:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log.open("wb"),  # a pipe that nobody reads fills up
+                text=True,
             )
         except FileNotFoundError:
             raise ServerError(f"{self.name}: Node is not installed") from None
@@ -175,7 +186,7 @@ class LlamaCpp(Contender):
         assert self._process is not None and self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            errors = self._process.communicate()[1].strip().splitlines()
+            errors = self.log.read_text(errors="replace").strip().splitlines()
             raise ServerError(f"{self.name}: llama.cpp ended: {' '.join(errors[-5:])}")
         return json.loads(line)
 

