@@ -13,6 +13,7 @@ import typer
 import vllm_requant
 from tests import tiny
 from vllm_requant.bench.servers import ServerError
+from vllm_requant.cli import output
 from vllm_requant.cli.options import find_device
 from vllm_requant.cli.output import byte_size, command_errors
 from vllm_requant.cli.serve import server_arguments
@@ -185,7 +186,10 @@ def test_bench_names_what_is_wrong_before_a_server_starts(checkpoint: Path, tmp_
     assert "no config.json" in one_line(requant("bench", tmp_path, status=1))
 
 
-def test_a_server_that_does_not_come_up_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_does_not_come_up_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "_hide_bars", lambda: None)  # its variables would stay for all later tests
     with pytest.raises(typer.Exit) as exit_, command_errors():
         raise ServerError("the server ended with status 1")
     assert exit_.value.exit_code == 1
