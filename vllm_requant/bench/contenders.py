@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import time
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from typing import Any
 
 from .servers import ServerError, free_port, server_command, start_server, stop, wait_until_healthy
 
-__all__ = ["Contender", "LlamaCpp", "Vllm"]
+__all__ = ["Contender", "LlamaCpp", "Vllm", "require_llama_cpp"]
 
 Prompts = Sequence[Sequence[int]]
 
@@ -132,6 +133,21 @@ class Vllm(Contender):
             self._server = None
 
 
+def require_llama_cpp(node_folder: Path) -> None:
+    """Say how to install llama.cpp's Node binding where it is missing.
+
+    Raises:
+        FileNotFoundError: it is, or Node.
+    """
+    if not (node_folder / "node_modules/node-llama-cpp").exists():
+        raise FileNotFoundError(
+            f"llama.cpp is not in {node_folder}; run `npm install node-llama-cpp` there, "
+            "or name with --node-folder where it ran"
+        )
+    if shutil.which("node") is None:
+        raise FileNotFoundError("Node, through which llama.cpp is run, is not installed")
+
+
 class LlamaCpp(Contender):
     """llama.cpp through its Node binding: prebuilt for every instruction set, without a server in between.
 
@@ -158,12 +174,13 @@ class LlamaCpp(Contender):
         super().__init__(name)
         script = Path(__file__).with_name("llama_cpp.mjs")
         settings = (threads, max_num_seqs, max_model_len)
-        self.log = log
+        self.log, self.node_folder = log, node_folder
         self._command = ["node", str(script), str(node_folder), str(file), *map(str, settings)]
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         try:
+            require_llama_cpp(self.node_folder)
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -171,8 +188,8 @@ class LlamaCpp(Contender):
                 stderr=self.log.open("wb"),  # a pipe that nobody reads fills up
                 text=True,
             )
-        except FileNotFoundError:
-            raise ServerError(f"{self.name}: Node is not installed") from None
+        except FileNotFoundError as error:
+            raise ServerError(str(error)) from None
         self.description = self._answer()["ready"]
 
     def generate(self, prompts: Prompts, new_tokens: int) -> list[list[float]]:

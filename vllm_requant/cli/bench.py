@@ -1,5 +1,6 @@
 """``requant bench``: how fast a checkpoint is served, beside its peers."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -12,14 +13,16 @@ from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
 
-_OURS = ("ReQuant", "vLLM-bfloat16", "vLLM-int4")
+_OURS = "ReQuant"
+log = logging.getLogger(__name__)
 
 
 def command(
     context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A ReQuant checkpoint.")],
     peers: Annotated[
-        bool, typer.Option("--peers", help="Beside it the same weights in vLLM's bfloat16 and in vLLM's int4.")
+        bool,
+        typer.Option("--peers", help="Beside its weights in vLLM's bfloat16 and int4, and in llama.cpp's Q4_0."),
     ] = False,
     peer: Annotated[
         list[str] | None,
@@ -45,58 +48,55 @@ def command(
     with command_errors():
         require_vllm()
         from ..bench.comparison import compare, table
-        from ..bench.contenders import Contender, LlamaCpp, Vllm
+        from ..bench.contenders import Contender, LlamaCpp, Vllm, require_llama_cpp
         from ..bench.measure import Load
-        from ..bench.peers import write_bfloat16, write_int4
+        from ..bench.peers import PEERS
         from ..format.reader import Checkpoint
 
         vocab_size = Checkpoint(checkpoint).model_config["vocab_size"]
         named: dict[str, Path] = {}
         for item in peer or ():
-            name, model = _named(item, node_folder)
-            if name in named or name in _OURS:
+            name, model = _named(item)
+            if name in named or name in (_OURS, *PEERS):
                 raise typer.BadParameter(f"--peer {item}: {name} is taken")
+            if model.suffix == ".gguf":
+                require_llama_cpp(node_folder)
             named[name] = model
         load = Load(vocab_size, prompt_tokens, new_tokens, requests)
         limits: dict[str, Any] = {"max_model_len": load.max_model_len, "max_num_seqs": load.requests}
         with tempfile.TemporaryDirectory(prefix="requant-bench-") as temporary:
             work = work or Path(temporary)
             work.mkdir(parents=True, exist_ok=True)
-            folders = {_OURS[0]: checkpoint}
-            if peers:
-                for name, write in zip(_OURS[1:], (write_bfloat16, write_int4), strict=True):
-                    folders[name] = work / name.lower()
-                    folders[name].mkdir(exist_ok=True)
-                    write(checkpoint, folders[name])
-            folders |= {name: model for name, model in named.items() if model.suffix != ".gguf"}
-            contenders: list[Contender] = [
-                Vllm(name, folder, work / f"{name}.log", threads=threads, flags=context.args, **limits)
-                for name, folder in folders.items()
-            ]
-            contenders += [
-                LlamaCpp(
-                    name, file, work / f"{name}.log", node_folder, threads=threads or os.cpu_count() or 1, **limits
-                )
-                for name, file in named.items()
-                if file.suffix == ".gguf"
-            ]
-            results = compare(contenders, load, rounds)
+            models = {_OURS: checkpoint}
+            left_out: list[dict[str, Any]] = []
+            for name, write in PEERS.items() if peers else ():
+                folder = work / name.lower()
+                folder.mkdir(exist_ok=True)
+                try:
+                    models[name] = write(checkpoint, folder)
+                except ValueError as error:
+                    log.warning("%s: left out, %s", name, error)
+                    left_out.append({"name": name, "error": str(error)})
+            contenders: list[Contender] = []
+            for name, model in (models | named).items():
+                server_log = work / f"{name}.log"
+                if model.suffix == ".gguf":
+                    count = threads or os.cpu_count() or 1
+                    contenders.append(LlamaCpp(name, model, server_log, node_folder, threads=count, **limits))
+                else:
+                    contenders.append(Vllm(name, model, server_log, threads=threads, flags=context.args, **limits))
+            results = compare(contenders, load, rounds) + left_out
         if as_json:
             print_json({"threads": threads, "load": vars(load), "vllm_arguments": context.args, "results": results})
         else:
             typer.echo(table(results))
 
 
-def _named(item: str, node_folder: Path) -> tuple[str, Path]:
+def _named(item: str) -> tuple[str, Path]:
     name, separator, model = item.partition("=")
     # a name becomes that of a log file
     if not separator or not name or not model or "/" in name:
         raise typer.BadParameter(f"--peer {item}: write NAME=MODEL")
     if not Path(model).exists():
         raise FileNotFoundError(f"--peer {item}: {model} does not exist")
-    if model.endswith(".gguf") and not (node_folder / "node_modules/node-llama-cpp").exists():
-        raise FileNotFoundError(
-            f"--peer {item}: llama.cpp is not in {node_folder}; run `npm install node-llama-cpp` there, "
-            "or name with --node-folder where it ran"
-        )
     return name, Path(model)
