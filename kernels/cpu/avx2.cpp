@@ -17,6 +17,7 @@ namespace {
 struct Avx2 {
     static constexpr int rows = 2;
     static constexpr bool splits_bytes = true;  // products of two weights of 8 bits leave 16 bits
+    static constexpr bool words = true;         // cheaper than products of bytes that have to be widened one by one
     using Bytes = __m256i;
     using Ints = __m256i;
     using Floats = __m256;
@@ -49,6 +50,18 @@ struct Avx2 {
         }
         static REQUANT_INLINE Ints of(Sums sum) { return MAX <= 15 ? pairs(sum) : sum; }
     };
+
+    static REQUANT_INLINE Bytes interleave_low(Bytes a, Bytes b) { return _mm256_unpacklo_epi8(a, b); }
+    static REQUANT_INLINE Bytes interleave_high(Bytes a, Bytes b) { return _mm256_unpackhi_epi8(a, b); }
+    static REQUANT_INLINE Ints dot_words(Ints sum, Bytes weight, Bytes x) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, x));
+    }
+    static REQUANT_INLINE void join(Bytes& upper, Bytes& lower) {
+        const __m256i bit = _mm256_and_si256(_mm256_slli_epi16(upper, 7), _mm256_set1_epi8(-128));
+        const __m256i rest = _mm256_and_si256(_mm256_srli_epi16(upper, 1), _mm256_set1_epi8(63));
+        lower = _mm256_or_si256(lower, bit);
+        upper = _mm256_sub_epi8(rest, _mm256_set1_epi8(32));
+    }
 
     static REQUANT_INLINE Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
     static REQUANT_INLINE Floats splat(float v) { return _mm256_set1_ps(v); }

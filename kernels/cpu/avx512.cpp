@@ -17,6 +17,7 @@ namespace {
 struct Avx512 {
     static constexpr int rows = 4;
     static constexpr bool splits_bytes = false;
+    static constexpr bool words = false;
     using Bytes = __m512i;
     using Ints = __m512i;
     using Floats = __m512;

@@ -351,7 +351,7 @@ void integer_linear(const Weights& w, const float* x, int64_t batch, int planes,
     float* scales = buffer<float>(1, cells);
     float* sums = buffer<float>(2, cells * w.parts() * 4);
     int8_t* bytes = buffer<int8_t>(0, cells * planes * CHUNK);
-    isa.quantize(x, batch, w.columns, planes, w.parts(), bytes, scales, sums);
+    isa.quantize(x, batch, w.columns, planes, isa.takes_words(w.kind, w.bits, planes), w.parts(), bytes, scales, sums);
     const Activations in{batch, planes, w.parts(), bytes, scales, sums, x};
     const int threads = thread_count(w.rows * w.columns * batch, windows);
     float* scratch = buffer<float>(3, threads * batch * WINDOW);

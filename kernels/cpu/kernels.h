@@ -77,12 +77,13 @@ struct Weights {
     int parts() const { return group_size % CHUNK ? 2 : 1; }
 };
 
-// Activations as integers of `planes` bytes, chunk by chunk, most significant byte first. x = scale * integer.
+// Activations as integers of `planes` bytes, chunk by chunk, most significant byte first; or as words, where the tier
+// wants them. x = scale * integer.
 struct Activations {
     int64_t batch;
     int planes;
     int parts;           // as those of the weight
-    const int8_t* bytes;   // [chunks, batch, planes, CHUNK]
+    const int8_t* bytes;   // [chunks, batch, planes, CHUNK]; words: int16 [chunks, batch, CHUNK]
     const float* scales;   // [chunks, batch]
     const float* sums;     // [chunks, batch, parts, 4] minus the sums of the integers of equal column % 16 / 4
     const float* x;        // [batch, columns] as they are
@@ -125,8 +126,10 @@ struct TrellisActivations {
 struct Tier {
     const char* name;
     // bytes, scales and sums of an Activations from its x
-    void (*quantize)(const float* x, int64_t batch, int64_t columns, int planes, int parts, int8_t* bytes,
+    void (*quantize)(const float* x, int64_t batch, int64_t columns, int planes, bool words, int parts, int8_t* bytes,
                      float* scales, float* sums);
+    // whether `linear` takes such a weight's activations as words
+    bool (*takes_words)(int kind, int bits, int planes);
     // y[m, n] for the rows n of the windows begin ... end - 1 and all m; sums: batch * WINDOW floats of scratch
     void (*linear)(const Weights&, const Activations&, int64_t begin, int64_t end, int dtype, void* y, float* sums);
     // out[i - first] = row ids[i] (or row i, without ids) for i in [begin, end); line: columns floats of scratch

@@ -12,6 +12,7 @@ namespace {
 struct Scalar {
     static constexpr int rows = 1;
     static constexpr bool splits_bytes = false;
+    static constexpr bool words = false;
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     typedef uint16_t Shorts __attribute__((vector_size(16)));
     typedef int32_t Ints __attribute__((vector_size(16)));

@@ -8,9 +8,13 @@
 //   rows                            rows of a vector: 1, 2 or 4
 //   Bytes, Ints, Floats             16, 4 and 4 lanes a row; & and | work on Bytes, << and >> on Shorts
 //   Shorts                          Bytes as 16-bit lanes
-//   load, repeat, widen, lookup     codes; 16 activations for every row; 8 bytes a row to 16-bit lanes; table entries
+//   load, repeat, widen, lookup     codes; 16 bytes of activations for every row; 8 bytes a row to 16-bit lanes; table entries
 //   Dot<MAX>                        sums of the products of a block's weights up to MAX and activations
 //   splits_bytes                    whether weights of 8 bits have to come as two of 4
+//   words                           whether weights of more than 4 bits and activations of two bytes are multiplied as
+//                                   words of 16 bits; then interleave_low, interleave_high: the first or last 8 bytes of
+//                                   every row of two vectors by turns; dot_words: a sum plus the products of words;
+//                                   join: bytes of 7 bits, upper and lower, to those of a word less 2^13
 //   floats, splat, quad             of Ints; of a number; of four numbers for every row
 //   Tile, tile_halves, tile_bytes   16 floats, one a row, from float16 or bytes
 //   spread                          those of the n-th vector of rows, in all lanes of a row
@@ -108,10 +112,10 @@ struct Steps {
 };
 
 // The chunk's values against the largest of them, in `planes` bytes; the most significant ends at 127, so that no
-// byte leaves [-128, 127].
+// byte leaves [-128, 127]; or, if there are two, as words.
 template <class S>
-void quantize(const float* x, int64_t batch, int64_t columns, int planes, int parts, int8_t* bytes, float* scales,
-              float* sums) {
+void quantize(const float* x, int64_t batch, int64_t columns, int planes, bool words, int parts, int8_t* bytes,
+              float* scales, float* sums) {
     const int64_t chunks = chunks_of(columns);
     const float top = planes == 1 ? 127.0f : planes == 2 ? 127.0f * 256 : 127.0f * 65536;
     for (int64_t c = 0; c < chunks; ++c)
@@ -134,6 +138,12 @@ void quantize(const float* x, int64_t batch, int64_t columns, int planes, int pa
                         for (int64_t j = 4 * lane; j < 4 * lane + 4; ++j) total -= float(whole[i + j]);
                     sum[4 * part + lane] = total;
                 }
+            if (words) {
+                int16_t narrow[CHUNK];
+                for (int64_t i = 0; i < CHUNK; ++i) narrow[i] = int16_t(whole[i]);
+                __builtin_memcpy(bytes + here * sizeof narrow, narrow, sizeof narrow);
+                continue;
+            }
             for (int plane = planes - 1; plane >= 0; --plane) {
                 int8_t* out = bytes + (here * planes + plane) * CHUNK;
                 for (int64_t i = 0; i < CHUNK; ++i) {
@@ -206,22 +216,35 @@ constexpr float table_middle(int depth) {
     return (1 << (TABLE_SHIFT * depth - 1)) - (depth == PLANES ? 0.0f : 0.5f);
 }
 
-// What a weight is made of: bytes whose sum, each times its factor, is the integer that is multiplied.
-template <class S, int KIND, int BITS, int DEPTH>
+// What a weight is made of: bytes whose sum, each times its factor, is the integer that is multiplied; or one word, the
+// first and the last 8 of a step's 16 columns apart.
+template <class S, int KIND, int BITS, int DEPTH, int P>
 struct Form {
-    static constexpr bool split = KIND == UNIFORM && BITS == 8 && S::splits_bytes;
-    static constexpr int count = KIND == LUT ? DEPTH : split ? 2 : 1;
+    static constexpr bool words = S::words && P == 2 && (KIND == LUT || BITS == 8);
+    static constexpr bool split = KIND == UNIFORM && BITS == 8 && S::splits_bytes && !words;
+    static constexpr int count = KIND == LUT ? DEPTH : split || words ? 2 : 1;
     static constexpr int most = KIND == LUT ? 127 : BITS == 8 && !split ? 255 : 15;
     static constexpr float factor = KIND == LUT ? 1 << TABLE_SHIFT : 16;  // of a part, in terms of the next
+    // of the range of entries; a word has its sign already, up to the half unit of what is cut off
+    static constexpr float middle = words ? -0.5f : table_middle(DEPTH);
 };
 
-template <class S, int KIND, int BITS, int DEPTH, int C>
+template <class S>
+bool takes_words(int kind, int bits, int planes) {
+    return S::words && planes == 2 && (kind == LUT || bits == 8);
+}
+
+template <class S, class Made, int KIND, int BITS, int C>
 REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const typename S::Bytes* table,
                                 typename S::Bytes (*out)[STEPS]) {
-    using Made = Form<S, KIND, BITS, DEPTH>;
     const typename S::Bytes code = codes.template step<C>();
-    if constexpr (KIND == LUT) {
-        for (int d = 0; d < DEPTH; ++d) out[d][C] = S::lookup(table[d], code);
+    if constexpr (Made::words) {
+        const typename S::Bytes low = KIND == LUT ? S::lookup(table[1], code) : code;
+        const typename S::Bytes high = KIND == LUT ? S::lookup(table[0], code) : S::splat_byte(0);
+        out[0][C] = S::interleave_low(low, high);
+        out[1][C] = S::interleave_high(low, high);
+    } else if constexpr (KIND == LUT) {
+        for (int d = 0; d < Made::count; ++d) out[d][C] = S::lookup(table[d], code);
     } else if constexpr (Made::split) {
         out[0][C] = S::bytes(S::shorts(code) >> 4) & S::splat_byte(15);
         out[1][C] = code & S::splat_byte(15);
@@ -230,15 +253,45 @@ REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const type
     }
 }
 
+// Sums of what the steps begin ... end - 1 of a block and the chunk of activations at `x` make.
+template <class S, class Made, int P>
+REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STEPS], const int8_t* x, int begin,
+                                           int end) {
+    typename S::Floats total;
+    if constexpr (Made::words) {
+        // of 8 columns each, so that they fit: 8 * 2^13 * 127 * 2^8 < 2^31
+        typename S::Ints low{}, high{};
+#pragma GCC unroll 4
+        for (int s = begin; s < end; ++s) {
+            low = S::dot_words(low, weight[0][s], S::repeat(x + s * 2 * STEP));
+            high = S::dot_words(high, weight[1][s], S::repeat(x + s * 2 * STEP + STEP));
+        }
+        return S::floats(low) + S::floats(high);
+    } else {
+    using Dot = typename S::template Dot<Made::most>;
+    for (int d = 0; d < Made::count; ++d) {
+        typename S::Floats across;
+        for (int p = 0; p < P; ++p) {
+            typename Dot::Sums dot = Dot::none();
+#pragma GCC unroll 4
+            for (int s = begin; s < end; ++s) dot = Dot::add(dot, weight[d][s], S::repeat(x + p * CHUNK + s * STEP));
+            const typename S::Floats one = S::floats(Dot::of(dot));
+            across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
+        }
+        total = d == 0 ? across : S::fma(total, S::splat(Made::factor), across);
+    }
+    return total;
+    }
+}
+
 // Rows of a tile, x rows m: sums[v][m] += what the chunk adds.
 template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS>
 REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t tile, int64_t c,
                                const typename S::Bytes (*tables)[PLANES], typename S::Floats* sums) {
-    using Made = Form<S, KIND, BITS, DEPTH>;
+    using Made = Form<S, KIND, BITS, DEPTH, P>;
     using Bytes = typename S::Bytes;
     using Floats = typename S::Floats;
-    using Dot = typename S::template Dot<Made::most>;
-    constexpr int VECTORS = BLOCK_ROWS / S::rows, COUNT = TILE_ROWS / S::rows;
+    constexpr int VECTORS = BLOCK_ROWS / S::rows, COUNT = TILE_ROWS / S::rows, RUN = STEPS / PARTS;
     const int64_t chunks = w.chunks(), batch = in.batch;
     const uint8_t* codes = w.codes + (tile * chunks + c) * tile_chunk_bytes(BITS);
     const int8_t* x = in.bytes + c * batch * P * CHUNK;
@@ -259,35 +312,23 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
         for (int o = 64 * v; o < 32 * BITS; o += 64 * VECTORS) __builtin_prefetch(block + AHEAD + o);
         const Block<S, BITS, S::rows> raw(block, v);
         Bytes weight[Made::count][STEPS];
-        weight_step<S, KIND, BITS, DEPTH, 0>(raw, tables[n], weight);
-        weight_step<S, KIND, BITS, DEPTH, 1>(raw, tables[n], weight);
-        weight_step<S, KIND, BITS, DEPTH, 2>(raw, tables[n], weight);
-        weight_step<S, KIND, BITS, DEPTH, 3>(raw, tables[n], weight);
+        weight_step<S, Made, KIND, BITS, 0>(raw, tables[n], weight);
+        weight_step<S, Made, KIND, BITS, 1>(raw, tables[n], weight);
+        weight_step<S, Made, KIND, BITS, 2>(raw, tables[n], weight);
+        weight_step<S, Made, KIND, BITS, 3>(raw, tables[n], weight);
 
         Floats scale[PARTS], zero[PARTS];
         for (int part = 0; part < PARTS; ++part) {
             if constexpr (KIND == UNIFORM)
                 scale[part] = S::spread(tile_scales[part], n), zero[part] = S::spread(tile_zeros[part], n);
             else
-                zero[part] = S::splat(table_middle(DEPTH));
+                zero[part] = S::splat(Made::middle);
         }
         for (int64_t m = 0; m < batch; ++m) {
             const Floats x_scale = S::splat(scales[m]);
             Floats sum = sums[n * batch + m];
             for (int part = 0; part < PARTS; ++part) {
-                Floats total;
-                for (int d = 0; d < Made::count; ++d) {
-                    Floats across;
-                    for (int p = 0; p < P; ++p) {
-                        typename Dot::Sums dot = Dot::none();
-#pragma GCC unroll 4
-                        for (int s = part * (STEPS / PARTS); s < (part + 1) * (STEPS / PARTS); ++s)
-                            dot = Dot::add(dot, weight[d][s], S::repeat(x + (m * P + p) * CHUNK + s * STEP));
-                        const Floats one = S::floats(Dot::of(dot));
-                        across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
-                    }
-                    total = d == 0 ? across : S::fma(total, S::splat(Made::factor), across);
-                }
+                Floats total = products<S, Made, P>(weight, x + m * P * CHUNK, part * RUN, (part + 1) * RUN);
                 // less the activations' sums times the zero point, or the middle of the table's range
                 total = S::fma(zero[part], S::quad(x_sums + (m * PARTS + part) * 4), total);
                 if constexpr (KIND == UNIFORM)
@@ -339,6 +380,8 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
                     for (int d = 0; d < DEPTH; ++d)
                         tables[n][d] =
                             S::load(w.zeros + ((tile * PLANES + d) * TILE_ROWS + n * S::rows) * ENTRIES);
+            if constexpr (KIND == LUT && Form<S, KIND, BITS, DEPTH, P>::words)
+                for (int n = 0; n < COUNT; ++n) S::join(tables[n][0], tables[n][1]);
             Floats partial[COUNT * MAX_BATCH];
             for (int64_t n = 0; n < COUNT * in.batch; ++n) partial[n] = S::splat(0.0f);
             for (int64_t c = 0; c < chunks; ++c)

@@ -214,6 +214,7 @@ template <class S>
 constexpr Tier make_tier(const char* name) {
     return Tier{name,
                 &quantize<S>,
+                &takes_words<S>,
                 &linear<S>,
                 &dequantize<S>,
                 &widen<S>,
