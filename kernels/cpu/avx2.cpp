@@ -65,9 +65,6 @@ struct Avx2 {
 
     static REQUANT_INLINE Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
     static REQUANT_INLINE Floats splat(float v) { return _mm256_set1_ps(v); }
-    static REQUANT_INLINE Floats quad(const float* p) {
-        return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
-    }
     struct Tile {
         __m256 half[2];
     };
@@ -81,6 +78,17 @@ struct Avx2 {
             return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
         };
         return {{eight(p), eight(p + 8)}};
+    }
+    static REQUANT_INLINE Tile tile_splat(float v) { return {{splat(v), splat(v)}}; }
+    static REQUANT_INLINE Tile tile_mul(const Tile& a, float b) {
+        return {{_mm256_mul_ps(a.half[0], splat(b)), _mm256_mul_ps(a.half[1], splat(b))}};
+    }
+    static REQUANT_INLINE Tile tile_fma(const Tile& a, const Tile& b, const Tile& c) {
+        return {{fma(a.half[0], b.half[0], c.half[0]), fma(a.half[1], b.half[1], c.half[1])}};
+    }
+    static REQUANT_INLINE void tile_store(const Tile& tile, float* out) {
+        _mm256_storeu_ps(out, tile.half[0]);
+        _mm256_storeu_ps(out + 8, tile.half[1]);
     }
     static REQUANT_INLINE Floats spread(const Tile& tile, int n) {
         const int first = n % 4 * 2;

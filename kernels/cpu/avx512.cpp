@@ -47,7 +47,6 @@ struct Avx512 {
 
     static REQUANT_INLINE Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
     static REQUANT_INLINE Floats splat(float v) { return _mm512_set1_ps(v); }
-    static REQUANT_INLINE Floats quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
     using Tile = __m512;
     static REQUANT_INLINE Tile tile_halves(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -56,6 +55,10 @@ struct Avx512 {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
     }
+    static REQUANT_INLINE Tile tile_splat(float v) { return splat(v); }
+    static REQUANT_INLINE Tile tile_mul(Tile a, float b) { return mul(a, splat(b)); }
+    static REQUANT_INLINE Tile tile_fma(Tile a, Tile b, Tile c) { return fma(a, b, c); }
+    static REQUANT_INLINE void tile_store(Tile tile, float* out) { _mm512_storeu_ps(out, tile); }
     static REQUANT_INLINE Floats spread(Tile tile, int n) {
         const __m512i row = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
         return _mm512_permutexvar_ps(_mm512_add_epi32(row, _mm512_set1_epi32(4 * n)), tile);

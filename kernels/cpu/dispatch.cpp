@@ -349,7 +349,7 @@ void integer_linear(const Weights& w, const float* x, int64_t batch, int planes,
     const Tier& isa = tier();
     const int64_t cells = w.chunks() * batch, windows = (w.rows + WINDOW - 1) / WINDOW;
     float* scales = buffer<float>(1, cells);
-    float* sums = buffer<float>(2, cells * w.parts() * 4);
+    float* sums = buffer<float>(2, cells * w.parts());
     int8_t* bytes = buffer<int8_t>(0, cells * planes * CHUNK);
     isa.quantize(x, batch, w.columns, planes, isa.takes_words(w.kind, w.bits, planes), w.parts(), bytes, scales, sums);
     const Activations in{batch, planes, w.parts(), bytes, scales, sums, x};

@@ -85,7 +85,7 @@ struct Activations {
     int parts;           // as those of the weight
     const int8_t* bytes;   // [chunks, batch, planes, CHUNK]; words: int16 [chunks, batch, CHUNK]
     const float* scales;   // [chunks, batch]
-    const float* sums;     // [chunks, batch, parts, 4] minus the sums of the integers of equal column % 16 / 4
+    const float* sums;     // [chunks, batch, parts] minus the sums of the integers
     const float* x;        // [batch, columns] as they are
 };
 

@@ -43,11 +43,6 @@ struct Scalar {
 
     static REQUANT_INLINE Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
     static REQUANT_INLINE Floats splat(float v) { return Floats{v, v, v, v}; }
-    static REQUANT_INLINE Floats quad(const float* p) {
-        Floats out;
-        __builtin_memcpy(&out, p, sizeof out);
-        return out;
-    }
     struct Tile {
         float row[TILE_ROWS];
     };
@@ -61,6 +56,20 @@ struct Scalar {
         for (int r = 0; r < TILE_ROWS; ++r) out.row[r] = float(p[r]);
         return out;
     }
+    static REQUANT_INLINE Tile tile_splat(float v) {
+        Tile out;
+        for (float& row : out.row) row = v;
+        return out;
+    }
+    static REQUANT_INLINE Tile tile_mul(Tile a, float b) {
+        for (float& row : a.row) row *= b;
+        return a;
+    }
+    static REQUANT_INLINE Tile tile_fma(const Tile& a, const Tile& b, Tile c) {
+        for (int r = 0; r < TILE_ROWS; ++r) c.row[r] += a.row[r] * b.row[r];
+        return c;
+    }
+    static REQUANT_INLINE void tile_store(const Tile& tile, float* out) { __builtin_memcpy(out, tile.row, sizeof tile); }
     static REQUANT_INLINE Floats spread(const Tile& tile, int n) { return splat(tile.row[n]); }
     static REQUANT_INLINE Floats mul(Floats a, Floats b) { return a * b; }
     static REQUANT_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }

@@ -15,8 +15,9 @@
 //                                   words of 16 bits; then interleave_low, interleave_high: the first or last 8 bytes of
 //                                   every row of two vectors by turns; dot_words: a sum plus the products of words;
 //                                   join: bytes of 7 bits, upper and lower, to those of a word less 2^13
-//   floats, splat, quad             of Ints; of a number; of four numbers for every row
-//   Tile, tile_halves, tile_bytes   16 floats, one a row, from float16 or bytes
+//   floats, splat                   of Ints; of a number
+//   Tile, tile_halves, tile_bytes   16 floats, one a row, from float16 or bytes; default: zeros
+//   tile_mul, tile_fma, tile_store  with a float; with two tiles; to 16 floats
 //   spread                          those of the n-th vector of rows, in all lanes of a row
 //   mul, fma, totals                the sum of the lanes of every row
 //   sparse_dot                      sums of 16 lanes
@@ -130,14 +131,11 @@ void quantize(const float* x, int64_t batch, int64_t columns, int planes, bool w
             scales[here] = steps.scale;
             int32_t whole[CHUNK];
             for (int64_t i = 0; i < CHUNK; ++i) whole[i] = steps.whole(values[i]);
-            float* sum = sums + here * parts * 4;
-            for (int part = 0; part < parts; ++part)
-                for (int lane = 0; lane < 4; ++lane) {
-                    float total = 0;
-                    for (int64_t i = part * CHUNK / parts; i < (part + 1) * CHUNK / parts; i += STEP)
-                        for (int64_t j = 4 * lane; j < 4 * lane + 4; ++j) total -= float(whole[i + j]);
-                    sum[4 * part + lane] = total;
-                }
+            for (int part = 0; part < parts; ++part) {
+                int32_t total = 0;
+                for (int64_t i = part * CHUNK / parts; i < (part + 1) * CHUNK / parts; ++i) total -= whole[i];
+                sums[here * parts + part] = float(total);
+            }
             if (words) {
                 int16_t narrow[CHUNK];
                 for (int64_t i = 0; i < CHUNK; ++i) narrow[i] = int16_t(whole[i]);
@@ -253,57 +251,80 @@ REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const type
     }
 }
 
-// Sums of what the steps begin ... end - 1 of a block and the chunk of activations at `x` make.
+// 16 bytes of every step of a chunk of activations, for every row.
+template <class S, int P>
+struct Inputs {
+    typename S::Bytes of[P * STEPS];
+    REQUANT_INLINE explicit Inputs(const int8_t* x) {
+#pragma GCC unroll 12
+        for (int i = 0; i < P * STEPS; ++i) of[i] = S::repeat(x + i * STEP);
+    }
+};
+
+// Sums of what the steps begin ... end - 1 of a block and of the activations make.
 template <class S, class Made, int P>
-REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STEPS], const int8_t* x, int begin,
+REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STEPS], const Inputs<S, P>& x, int begin,
                                            int end) {
-    typename S::Floats total;
     if constexpr (Made::words) {
         // of 8 columns each, so that they fit: 8 * 2^13 * 127 * 2^8 < 2^31
         typename S::Ints low{}, high{};
 #pragma GCC unroll 4
         for (int s = begin; s < end; ++s) {
-            low = S::dot_words(low, weight[0][s], S::repeat(x + s * 2 * STEP));
-            high = S::dot_words(high, weight[1][s], S::repeat(x + s * 2 * STEP + STEP));
+            low = S::dot_words(low, weight[0][s], x.of[2 * s]);
+            high = S::dot_words(high, weight[1][s], x.of[2 * s + 1]);
         }
         return S::floats(low) + S::floats(high);
     } else {
-    using Dot = typename S::template Dot<Made::most>;
-    for (int d = 0; d < Made::count; ++d) {
-        typename S::Floats across;
-        for (int p = 0; p < P; ++p) {
-            typename Dot::Sums dot = Dot::none();
+        using Dot = typename S::template Dot<Made::most>;
+        typename S::Floats total{};
+#pragma GCC unroll 3
+        for (int d = 0; d < Made::count; ++d) {
+            typename S::Floats across{};
+#pragma GCC unroll 3
+            for (int p = 0; p < P; ++p) {
+                typename Dot::Sums dot = Dot::none();
 #pragma GCC unroll 4
-            for (int s = begin; s < end; ++s) dot = Dot::add(dot, weight[d][s], S::repeat(x + p * CHUNK + s * STEP));
-            const typename S::Floats one = S::floats(Dot::of(dot));
-            across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
+                for (int s = begin; s < end; ++s) dot = Dot::add(dot, weight[d][s], x.of[p * STEPS + s]);
+                const typename S::Floats one = S::floats(Dot::of(dot));
+                across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
+            }
+            total = d == 0 ? across : S::fma(total, S::splat(Made::factor), across);
         }
-        total = d == 0 ? across : S::fma(total, S::splat(Made::factor), across);
-    }
-    return total;
+        return total;
     }
 }
 
-// Rows of a tile, x rows m: sums[v][m] += what the chunk adds.
-template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS>
+// What is summed of a tile: the products, [TILE_ROWS / S::rows, batch], and what the zero points take off, [batch].
+template <class S>
+struct Sums {
+    typename S::Floats products[TILE_ROWS / S::rows * MAX_BATCH];
+    typename S::Tile offsets[MAX_BATCH];
+};
+
+// Adds what a chunk makes of the rows of a tile. M: the batch, or 0 if it is known at run time only.
+template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS, int M>
 REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t tile, int64_t c,
-                               const typename S::Bytes (*tables)[PLANES], typename S::Floats* sums) {
+                               const typename S::Bytes (*tables)[PLANES], Sums<S>& sums) {
     using Made = Form<S, KIND, BITS, DEPTH, P>;
     using Bytes = typename S::Bytes;
     using Floats = typename S::Floats;
     constexpr int VECTORS = BLOCK_ROWS / S::rows, COUNT = TILE_ROWS / S::rows, RUN = STEPS / PARTS;
-    const int64_t chunks = w.chunks(), batch = in.batch;
+    const int64_t chunks = w.chunks(), batch = M ? M : in.batch;
     const uint8_t* codes = w.codes + (tile * chunks + c) * tile_chunk_bytes(BITS);
     const int8_t* x = in.bytes + c * batch * P * CHUNK;
     const float* scales = in.scales + c * batch;
-    const float* x_sums = in.sums + c * batch * PARTS * 4;
 
-    typename S::Tile tile_scales[PARTS], tile_zeros[PARTS];
+    typename S::Tile tile_scales[PARTS];
     if constexpr (KIND == UNIFORM)
+#pragma GCC unroll 2
         for (int part = 0; part < PARTS; ++part) {
             const int64_t group = tile * w.groups() + w.group_of(c * CHUNK + part * (CHUNK / PARTS));
             tile_scales[part] = S::tile_halves(w.scales + group * TILE_ROWS);
-            tile_zeros[part] = S::tile_bytes(w.zeros + group * TILE_ROWS);
+            const typename S::Tile zeros = S::tile_bytes(w.zeros + group * TILE_ROWS);
+            for (int64_t m = 0; m < batch; ++m) {
+                const float less = scales[m] * in.sums[(c * batch + m) * PARTS + part];
+                sums.offsets[m] = S::tile_fma(S::tile_mul(tile_scales[part], less), zeros, sums.offsets[m]);
+            }
         }
 #pragma GCC unroll 8
     for (int n = 0; n < COUNT; ++n) {
@@ -317,26 +338,15 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
         weight_step<S, Made, KIND, BITS, 2>(raw, tables[n], weight);
         weight_step<S, Made, KIND, BITS, 3>(raw, tables[n], weight);
 
-        Floats scale[PARTS], zero[PARTS];
-        for (int part = 0; part < PARTS; ++part) {
-            if constexpr (KIND == UNIFORM)
-                scale[part] = S::spread(tile_scales[part], n), zero[part] = S::spread(tile_zeros[part], n);
-            else
-                zero[part] = S::splat(Made::middle);
-        }
         for (int64_t m = 0; m < batch; ++m) {
-            const Floats x_scale = S::splat(scales[m]);
-            Floats sum = sums[n * batch + m];
+            const Inputs<S, P> inputs(x + m * P * CHUNK);
+            Floats& sum = sums.products[n * batch + m];
+#pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part) {
-                Floats total = products<S, Made, P>(weight, x + m * P * CHUNK, part * RUN, (part + 1) * RUN);
-                // less the activations' sums times the zero point, or the middle of the table's range
-                total = S::fma(zero[part], S::quad(x_sums + (m * PARTS + part) * 4), total);
-                if constexpr (KIND == UNIFORM)
-                    sum = S::fma(total, S::mul(scale[part], x_scale), sum);
-                else
-                    sum = S::fma(total, x_scale, sum);
+                Floats scale = S::splat(scales[m]);
+                if constexpr (KIND == UNIFORM) scale = S::mul(S::spread(tile_scales[part], n), scale);
+                sum = S::fma(products<S, Made, P>(weight, inputs, part * RUN, (part + 1) * RUN), scale, sum);
             }
-            sums[n * batch + m] = sum;
         }
     }
 }
@@ -364,40 +374,52 @@ void sparse_window(const Sparse& sparse, int64_t window, const float* x, int64_t
         sparse_slices<S, uint16_t>(sparse, window, x, batch, columns, sums, stride);
 }
 
-template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS>
+// What the middle of the tables' range takes off the products with a row of activations.
+template <class S, class Made>
+float table_offset(const Activations& in, int64_t chunks, int64_t m) {
+    float total = 0;
+    for (int64_t c = 0; c < chunks; ++c) total += in.scales[c * in.batch + m] * in.sums[c * in.batch + m];
+    return Made::middle * total;
+}
+
+template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS, int M>
 void linear_windows(const Weights& w, const Activations& in, int64_t begin, int64_t end, int dtype, void* y,
-                    float* sums) {
-    using Floats = typename S::Floats;
+                    float* out) {
+    using Made = Form<S, KIND, BITS, DEPTH, P>;
     constexpr int COUNT = TILE_ROWS / S::rows;
-    const int64_t chunks = w.chunks(), tiles = w.tiles();
+    const int64_t chunks = w.chunks(), tiles = w.tiles(), batch = M ? M : in.batch;
+    float offsets[MAX_BATCH];
+    for (int64_t m = 0; m < batch; ++m) offsets[m] = KIND == LUT ? table_offset<S, Made>(in, chunks, m) : 0.0f;
     for (int64_t window = begin; window < end; ++window) {
         const int64_t first = window * (WINDOW / TILE_ROWS);
         const int64_t last = first + WINDOW / TILE_ROWS < tiles ? first + WINDOW / TILE_ROWS : tiles;
         for (int64_t tile = first; tile < last; ++tile) {
             typename S::Bytes tables[COUNT][PLANES];
             if constexpr (KIND == LUT)
-                for (int n = 0; n < COUNT; ++n)
+                for (int n = 0; n < COUNT; ++n) {
                     for (int d = 0; d < DEPTH; ++d)
-                        tables[n][d] =
-                            S::load(w.zeros + ((tile * PLANES + d) * TILE_ROWS + n * S::rows) * ENTRIES);
-            if constexpr (KIND == LUT && Form<S, KIND, BITS, DEPTH, P>::words)
-                for (int n = 0; n < COUNT; ++n) S::join(tables[n][0], tables[n][1]);
-            Floats partial[COUNT * MAX_BATCH];
-            for (int64_t n = 0; n < COUNT * in.batch; ++n) partial[n] = S::splat(0.0f);
-            for (int64_t c = 0; c < chunks; ++c)
-                tile_chunk<S, KIND, BITS, DEPTH, P, PARTS>(w, in, tile, c, tables, partial);
-            for (int n = 0; n < COUNT; ++n)
-                for (int64_t m = 0; m < in.batch; ++m) {
-                    float* to = sums + m * WINDOW + (tile - first) * TILE_ROWS + n * S::rows;
-                    S::totals(partial[n * in.batch + m], to);
-                    if constexpr (KIND == LUT)
-                        for (int r = 0; r < S::rows; ++r)
-                            to[r] *= w.units[tile * TILE_ROWS + n * S::rows + r] * table_unit(DEPTH);
+                        tables[n][d] = S::load(w.zeros + ((tile * PLANES + d) * TILE_ROWS + n * S::rows) * ENTRIES);
+                    if constexpr (Made::words) S::join(tables[n][0], tables[n][1]);
                 }
+            Sums<S> sums;
+            for (int64_t n = 0; n < COUNT * batch; ++n) sums.products[n] = typename S::Floats{};
+            for (int64_t m = 0; m < batch; ++m) sums.offsets[m] = S::tile_splat(offsets[m]);
+            for (int64_t c = 0; c < chunks; ++c)
+                tile_chunk<S, KIND, BITS, DEPTH, P, PARTS, M>(w, in, tile, c, tables, sums);
+            for (int64_t m = 0; m < batch; ++m) {
+                float totals[TILE_ROWS], rows[TILE_ROWS];
+                S::tile_store(sums.offsets[m], rows);
+                for (int n = 0; n < COUNT; ++n) S::totals(sums.products[n * batch + m], totals + n * S::rows);
+                float* to = out + m * WINDOW + (tile - first) * TILE_ROWS;
+                for (int r = 0; r < TILE_ROWS; ++r) {
+                    to[r] = totals[r] + rows[r];
+                    if constexpr (KIND == LUT) to[r] *= w.units[tile * TILE_ROWS + r] * table_unit(DEPTH);
+                }
+            }
         }
-        if (w.sparse.windows) sparse_window<S>(w.sparse, window, in.x, in.batch, w.columns, sums, WINDOW);
+        if (w.sparse.windows) sparse_window<S>(w.sparse, window, in.x, batch, w.columns, out, WINDOW);
         const int64_t rows = w.rows - window * WINDOW < WINDOW ? w.rows - window * WINDOW : WINDOW;
-        store_rows<S>(w.rows, window * WINDOW, rows, in.batch, sums, WINDOW, dtype, y);
+        store_rows<S>(w.rows, window * WINDOW, rows, batch, out, WINDOW, dtype, y);
     }
 }
 
@@ -494,9 +516,15 @@ void dequantize_rows(const Weights& w, const int64_t* ids, int64_t first, int64_
 template <class S, int KIND, int BITS, int DEPTH, int P>
 void linear_parts(const Weights& w, const Activations& in, int64_t begin, int64_t end, int dtype, void* y,
                   float* sums) {
-    if constexpr (KIND == UNIFORM)
-        if (in.parts == 2) return linear_windows<S, KIND, BITS, DEPTH, P, 2>(w, in, begin, end, dtype, y, sums);
-    linear_windows<S, KIND, BITS, DEPTH, P, 1>(w, in, begin, end, dtype, y, sums);
+    constexpr int PARTS = KIND == UNIFORM ? 2 : 1;
+    const bool two = in.parts == 2;
+    if constexpr (S::rows > 1)  // one vector after the other, a loop over a single row costs as much as what it does
+        if (in.batch == 1) {
+            if (two) return linear_windows<S, KIND, BITS, DEPTH, P, PARTS, 1>(w, in, begin, end, dtype, y, sums);
+            return linear_windows<S, KIND, BITS, DEPTH, P, 1, 1>(w, in, begin, end, dtype, y, sums);
+        }
+    if (two) return linear_windows<S, KIND, BITS, DEPTH, P, PARTS, 0>(w, in, begin, end, dtype, y, sums);
+    linear_windows<S, KIND, BITS, DEPTH, P, 1, 0>(w, in, begin, end, dtype, y, sums);
 }
 
 template <class S, int KIND, int BITS>
