@@ -252,9 +252,13 @@ void place_codes(int bits, const uint32_t* codes, int row, uint8_t* to) {
             to[64 * step + byte] = uint8_t(codes[c]);
         } else if (bits == 4) {
             to[64 * (step / 2) + byte] |= uint8_t(codes[c] << (4 * (step % 2)));
+        } else if (bits == 2) {
+            to[byte] |= uint8_t(codes[c] << (2 * step));
         } else {
-            to[byte] |= uint8_t((codes[c] & 3) << (2 * step));
-            if (bits == 3) to[64 + row * 8 + i / 2] |= uint8_t((codes[c] >> 2) << (step + 4 * (i % 2)));
+            const int half = 64 + row * 8 + i / 2, shift = 4 * (i % 2);
+            if (step == 2) to[half] |= uint8_t(codes[c] << shift);
+            if (step == 3) to[half] |= uint8_t((codes[c] >> 2) << (shift + 3));
+            if (step != 2) to[byte] |= uint8_t(codes[c] << (step == 3 ? 6 : 3 * step));
         }
     }
 }

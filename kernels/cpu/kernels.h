@@ -6,8 +6,8 @@
 //
 //     2 bits: one line of 64 bytes; byte i of row r holds the codes of columns i, 16 + i, 32 + i, 48 + i
 //     4 bits: two lines; the first holds the codes of columns i and 16 + i, the second 32 + i and 48 + i
-//     3 bits: the line of 2 bits with the lower bits, then 8 bytes a row with the upper ones: bit c of byte i belongs
-//             to column 16 c + 2 i, bit 4 + c to column 16 c + 2 i + 1 (0 <= c < 4)
+//     3 bits: a line with the codes of columns i and 16 + i, then the two lower bits of 48 + i; then 8 bytes a row, of
+//             which each half i holds the code of column 32 + i, then the upper bit of 48 + i
 //     8 bits: four lines of 16 columns
 //
 // with lower columns in lower bits. So all four vectors come out of loads by shifts and masks alone, one stream of

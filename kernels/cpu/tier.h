@@ -170,15 +170,16 @@ struct Block<V, 2, ROWS> {
 
 template <class V, int ROWS>
 struct Block<V, 3, ROWS> {
-    typename V::Shorts line, upper;
+    typename V::Shorts line, rest;
     REQUANT_INLINE Block(const uint8_t* p, int v) : line(V::shorts(V::load(p + v * 16 * ROWS))) {
-        const typename V::Shorts bits = V::shorts(V::widen(p + 64 + v * 8 * ROWS));
-        upper = bits | bits << 4;
+        const typename V::Shorts halves = V::shorts(V::widen(p + 64 + v * 8 * ROWS));
+        rest = halves | halves << 4;
     }
     template <int C>
     REQUANT_INLINE typename V::Bytes step() const {
-        const typename V::Shorts bit = C < 2 ? upper << (C < 2 ? 2 - C : 0) : upper >> (C < 2 ? 0 : C - 2);
-        return (V::bytes(line >> (2 * C)) & V::splat_byte(3)) | (V::bytes(bit) & V::splat_byte(4));
+        if constexpr (C < 2) return V::bytes(line >> (3 * C)) & V::splat_byte(7);
+        if constexpr (C == 2) return V::bytes(rest) & V::splat_byte(7);
+        return (V::bytes(line >> 6) & V::splat_byte(3)) | (V::bytes(rest >> 1) & V::splat_byte(4));
     }
 };
 
@@ -255,8 +256,7 @@ REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const type
 template <class S, int P>
 struct Inputs {
     typename S::Bytes of[P * STEPS];
-    REQUANT_INLINE explicit Inputs(const int8_t* x) {
-#pragma GCC unroll 12
+    REQUANT_INLINE void load(const int8_t* x) {
         for (int i = 0; i < P * STEPS; ++i) of[i] = S::repeat(x + i * STEP);
     }
 };
@@ -277,10 +277,8 @@ REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STE
     } else {
         using Dot = typename S::template Dot<Made::most>;
         typename S::Floats total{};
-#pragma GCC unroll 3
         for (int d = 0; d < Made::count; ++d) {
             typename S::Floats across{};
-#pragma GCC unroll 3
             for (int p = 0; p < P; ++p) {
                 typename Dot::Sums dot = Dot::none();
 #pragma GCC unroll 4
@@ -326,6 +324,8 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
                 sums.offsets[m] = S::tile_fma(S::tile_mul(tile_scales[part], less), zeros, sums.offsets[m]);
             }
         }
+    Inputs<S, P> inputs[M ? M : MAX_BATCH];
+    for (int64_t m = 0; m < batch; ++m) inputs[m].load(x + m * P * CHUNK);
 #pragma GCC unroll 8
     for (int n = 0; n < COUNT; ++n) {
         const int v = n % VECTORS;
@@ -339,13 +339,12 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
         weight_step<S, Made, KIND, BITS, 3>(raw, tables[n], weight);
 
         for (int64_t m = 0; m < batch; ++m) {
-            const Inputs<S, P> inputs(x + m * P * CHUNK);
             Floats& sum = sums.products[n * batch + m];
 #pragma GCC unroll 2
             for (int part = 0; part < PARTS; ++part) {
                 Floats scale = S::splat(scales[m]);
                 if constexpr (KIND == UNIFORM) scale = S::mul(S::spread(tile_scales[part], n), scale);
-                sum = S::fma(products<S, Made, P>(weight, inputs, part * RUN, (part + 1) * RUN), scale, sum);
+                sum = S::fma(products<S, Made, P>(weight, inputs[m], part * RUN, (part + 1) * RUN), scale, sum);
             }
         }
     }
