@@ -2,6 +2,8 @@
 // instruction set has.
 #include <cstddef>
 
+#define REQUANT_UNROLL(times)  // without vectors to keep busy the code would only grow
+
 #include "kernels.h"
 #include "tier.h"
 #include "trellis.h"

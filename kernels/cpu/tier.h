@@ -25,6 +25,10 @@
 #pragma once
 
 #define REQUANT_INLINE inline __attribute__((always_inline))
+#define REQUANT_PRAGMA(text) _Pragma(#text)
+#ifndef REQUANT_UNROLL
+#define REQUANT_UNROLL(times) REQUANT_PRAGMA(GCC unroll times)
+#endif
 
 namespace requant {
 namespace {
@@ -268,7 +272,7 @@ REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STE
     if constexpr (Made::words) {
         // of 8 columns each, so that they fit: 8 * 2^13 * 127 * 2^8 < 2^31
         typename S::Ints low{}, high{};
-#pragma GCC unroll 4
+REQUANT_UNROLL(4)
         for (int s = begin; s < end; ++s) {
             low = S::dot_words(low, weight[0][s], x.of[2 * s]);
             high = S::dot_words(high, weight[1][s], x.of[2 * s + 1]);
@@ -281,7 +285,7 @@ REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STE
             typename S::Floats across{};
             for (int p = 0; p < P; ++p) {
                 typename Dot::Sums dot = Dot::none();
-#pragma GCC unroll 4
+REQUANT_UNROLL(4)
                 for (int s = begin; s < end; ++s) dot = Dot::add(dot, weight[d][s], x.of[p * STEPS + s]);
                 const typename S::Floats one = S::floats(Dot::of(dot));
                 across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
@@ -314,7 +318,7 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
 
     typename S::Tile tile_scales[PARTS];
     if constexpr (KIND == UNIFORM)
-#pragma GCC unroll 2
+REQUANT_UNROLL(2)
         for (int part = 0; part < PARTS; ++part) {
             const int64_t group = tile * w.groups() + w.group_of(c * CHUNK + part * (CHUNK / PARTS));
             tile_scales[part] = S::tile_halves(w.scales + group * TILE_ROWS);
@@ -326,7 +330,7 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
         }
     Inputs<S, P> inputs[M ? M : MAX_BATCH];
     for (int64_t m = 0; m < batch; ++m) inputs[m].load(x + m * P * CHUNK);
-#pragma GCC unroll 8
+REQUANT_UNROLL(8)
     for (int n = 0; n < COUNT; ++n) {
         const int v = n % VECTORS;
         const uint8_t* block = codes + n / VECTORS * (32 * BITS);
@@ -340,7 +344,7 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
 
         for (int64_t m = 0; m < batch; ++m) {
             Floats& sum = sums.products[n * batch + m];
-#pragma GCC unroll 2
+REQUANT_UNROLL(2)
             for (int part = 0; part < PARTS; ++part) {
                 Floats scale = S::splat(scales[m]);
                 if constexpr (KIND == UNIFORM) scale = S::mul(S::spread(tile_scales[part], n), scale);

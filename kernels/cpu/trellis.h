@@ -75,31 +75,31 @@ void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t bloc
         }
 }
 
-constexpr int TOGETHER = 4;  // activations whose sums stay in registers
+constexpr int SUMS = 4;  // words of activations whose sums stay in registers
 
-// 16 rows of a string's block of columns times M activations: to[m * stride] += scale * x_scales[m] * sums.
-template <class S, int K, int W, int M>
-REQUANT_INLINE void trellis_group(const uint8_t* codes, int64_t tile_stride, int64_t tiles, int64_t tile_columns,
-                                  int64_t column_bytes, uint32_t mask, const int32_t* x, int64_t block,
+// 16 rows of a block of columns times M activations: to[m * stride] += scale * x_scales[m] * sums. Strings of COLUMNS
+// columns each; `codes` is where the rows begin in the first one.
+template <class S, int K, int W, int M, int COLUMNS>
+REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int32_t* x, int64_t block,
                                   const int32_t* x_sums, const float* x_scales, float scale, float* to,
                                   int64_t stride) {
-    constexpr int VECTORS = WIDTH / S::lanes;
+    constexpr int VECTORS = WIDTH / S::lanes, STRINGS = COLUMNS < 4 ? 4 / COLUMNS : 1;
     typename S::Lanes sums[M][W][VECTORS];
     for (int m = 0; m < M; ++m)
         for (int w = 0; w < W; ++w)
             for (int v = 0; v < VECTORS; ++v) sums[m][w][v] = typename S::Lanes{};
-    for (int64_t t = 0; t < tiles; ++t)
-        for (int64_t c = 0; c < tile_columns; ++c) {
-            const uint8_t* p = codes + t * tile_stride + c * column_bytes;
-#pragma GCC unroll 4
+    for (int64_t first = 0; first < block; first += STRINGS * COLUMNS, codes += STRINGS * trellis_stride(K))
+REQUANT_UNROLL(8)
+        for (int i = 0; i < STRINGS * COLUMNS; ++i) {
+            const uint8_t* p = codes + i / COLUMNS * trellis_stride(K) + i % COLUMNS * (TILE / COLUMNS * K / 8);
+REQUANT_UNROLL(4)
             for (int v = 0; v < VECTORS; ++v) {
                 const typename S::Lanes pairs = decoded<S, K>(p, v, mask);
-#pragma GCC unroll 4
+REQUANT_UNROLL(4)
                 for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
+REQUANT_UNROLL(2)
                     for (int w = 0; w < W; ++w)
-                        sums[m][w][v] =
-                            S::dot(sums[m][w][v], pairs, x[(m * W + w) * block + t * tile_columns + c]);
+                        sums[m][w][v] = S::dot(sums[m][w][v], pairs, x[(m * W + w) * block + first + i]);
             }
         }
     for (int m = 0; m < M; ++m)
@@ -110,47 +110,57 @@ REQUANT_INLINE void trellis_group(const uint8_t* codes, int64_t tile_stride, int
         }
 }
 
-// sums [batch, rows of a unit], rotated back, of the row blocks begin ... end - 1.
-template <class S, int K, int W>
+// sums [batch, rows of a unit], rotated back, of the row blocks begin ... end - 1, which have TILE / COLUMNS rows.
+template <class S, int K, int W, int COLUMNS>
 void trellis_blocks(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, float* sums,
                     int64_t stride) {
+    constexpr int64_t SIZE = TILE / COLUMNS, TOGETHER = SUMS / W;
     const uint32_t mask = (1u << w.state_bits) - 1;
-    const int64_t size = w.block_out, tile_columns = TILE / size, block = w.block_in;
-    const int64_t tiles = w.columns / tile_columns, groups = w.columns / block, in_group = block / tile_columns;
-    const int64_t tile_stride = trellis_stride(K), column_bytes = size * K / 8;
+    const int64_t block = w.block_in, groups = w.columns / block, group_bytes = block / COLUMNS * trellis_stride(K);
     for (int64_t row_block = begin; row_block < end; ++row_block) {
-        float* to = sums + (row_block - begin) * size;
-        for (int64_t m = 0; m < in.batch; ++m) __builtin_memset(to + m * stride, 0, size_t(size) * 4);
+        float* to = sums + (row_block - begin) * SIZE;
+        for (int64_t m = 0; m < in.batch; ++m) __builtin_memset(to + m * stride, 0, size_t(SIZE) * 4);
         for (int64_t g = 0; g < groups; ++g) {
             const float scale = S::half_to_float(w.scales[row_block * groups + g]);
-            const uint8_t* codes = w.codes + (row_block * tiles + g * in_group) * tile_stride;
-            for (int64_t row = 0; row < size; row += WIDTH) {
+            const uint8_t* codes = w.codes + (row_block * groups + g) * group_bytes;
+            for (int64_t row = 0; row < SIZE; row += WIDTH) {
                 const uint8_t* here = codes + row * K / 8;
                 int64_t m = 0;
                 for (; m + TOGETHER <= in.batch; m += TOGETHER) {
                     const int64_t at = g * in.batch + m;
-                    trellis_group<S, K, W, TOGETHER>(here, tile_stride, in_group, tile_columns, column_bytes, mask,
-                                                     in.words + at * W * block, block, in.sums + at * W,
-                                                     in.scales + at, scale, to + m * stride + row, stride);
+                    trellis_group<S, K, W, TOGETHER, COLUMNS>(here, mask, in.words + at * W * block, block,
+                                                              in.sums + at * W, in.scales + at, scale,
+                                                              to + m * stride + row, stride);
                 }
                 for (; m < in.batch; ++m) {
                     const int64_t at = g * in.batch + m;
-                    trellis_group<S, K, W, 1>(here, tile_stride, in_group, tile_columns, column_bytes, mask,
-                                              in.words + at * W * block, block, in.sums + at * W, in.scales + at,
-                                              scale, to + m * stride + row, stride);
+                    trellis_group<S, K, W, 1, COLUMNS>(here, mask, in.words + at * W * block, block,
+                                                       in.sums + at * W, in.scales + at, scale,
+                                                       to + m * stride + row, stride);
                 }
             }
         }
         for (int64_t m = 0; m < in.batch; ++m)
-            rotate<S, true>(1, size, size, w.signs_out + row_block * size, to + m * stride);
+            rotate<S, true>(1, SIZE, SIZE, w.signs_out + row_block * SIZE, to + m * stride);
+    }
+}
+
+template <class S, int K, int W>
+void trellis_sizes(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, float* sums,
+                   int64_t stride) {
+    switch (w.block_out) {
+        case 128: return trellis_blocks<S, K, W, 1>(w, in, begin, end, sums, stride);
+        case 64: return trellis_blocks<S, K, W, 2>(w, in, begin, end, sums, stride);
+        case 32: return trellis_blocks<S, K, W, 4>(w, in, begin, end, sums, stride);
+        default: return trellis_blocks<S, K, W, 8>(w, in, begin, end, sums, stride);
     }
 }
 
 template <class S, int K>
 void trellis_words(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, float* sums,
                    int64_t stride) {
-    if (in.count == 1) return trellis_blocks<S, K, 1>(w, in, begin, end, sums, stride);
-    trellis_blocks<S, K, 2>(w, in, begin, end, sums, stride);
+    if (in.count == 1) return trellis_sizes<S, K, 1>(w, in, begin, end, sums, stride);
+    trellis_sizes<S, K, 2>(w, in, begin, end, sums, stride);
 }
 
 // y [batch, rows] of the units begin ... end - 1 (trellis_unit rows each), residual included.
