@@ -1,5 +1,8 @@
 """What becomes of the times that contenders report, and of contenders that cannot run."""
 
+import os
+import signal
+
 import pytest
 
 from vllm_requant.bench.comparison import compare, table
@@ -81,3 +84,17 @@ def test_without_the_first_contender_there_is_nothing_to_compare() -> None:
     with pytest.raises(ServerError, match="spring"):
         compare([broken, Clockwork("b", 0.001, 0.1)], LOAD, rounds=1)
     assert not broken.running
+
+
+def test_a_signal_that_ends_the_comparison_ends_the_servers_too() -> None:
+    class Ended(Clockwork):
+        def generate(self, prompts: Prompts, new_tokens: int) -> list[list[float]]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().generate(prompts, new_tokens)
+
+    before, contender = signal.getsignal(signal.SIGTERM), Ended("a", 0.001, 0.1)
+    with pytest.raises(SystemExit) as ended:
+        compare([contender], LOAD, rounds=1)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not contender.running
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,6 +1,8 @@
 """Contenders side by side on one machine: all loaded, asked in turn, medians."""
 
 import logging
+import signal
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -32,6 +34,9 @@ def compare(contenders: Sequence[Contender], load: Load, rounds: int) -> list[di
     results: list[dict[str, Any]] = []
     running: dict[str, tuple[Contender, Rates]] = {}
     with ExitStack() as stack:
+        # servers run in sessions of their own: whoever ends this process by a signal would leave them behind
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
         for contender in contenders:
             stack.callback(contender.stop)
             log.info("%s: starting", contender.name)
