@@ -8,7 +8,7 @@
 //   rows                            rows of a vector: 1, 2 or 4
 //   Bytes, Ints, Floats             16, 4 and 4 lanes a row; & and | work on Bytes, << and >> on Shorts
 //   Shorts                          Bytes as 16-bit lanes
-//   load, repeat, widen, lookup     codes; 16 bytes of activations for every row; 8 bytes a row to 16-bit lanes; table entries
+//   load, repeat, widen, lookup     codes; 16 bytes of activations for every row; 8 bytes a row to 16-bit lanes; entries
 //   Dot<MAX>                        sums of the products of a block's weights up to MAX and activations
 //   splits_bytes                    whether weights of 8 bits have to come as two of 4
 //   words                           whether weights of more than 4 bits and activations of two bytes are multiplied as
@@ -219,11 +219,16 @@ constexpr float table_middle(int depth) {
     return (1 << (TABLE_SHIFT * depth - 1)) - (depth == PLANES ? 0.0f : 0.5f);
 }
 
+template <class S>
+constexpr bool takes_words(int kind, int bits, int planes) {
+    return S::words && planes == 2 && (kind == LUT || bits == 8);
+}
+
 // What a weight is made of: bytes whose sum, each times its factor, is the integer that is multiplied; or one word, the
 // first and the last 8 of a step's 16 columns apart.
 template <class S, int KIND, int BITS, int DEPTH, int P>
 struct Form {
-    static constexpr bool words = S::words && P == 2 && (KIND == LUT || BITS == 8);
+    static constexpr bool words = takes_words<S>(KIND, BITS, P);
     static constexpr bool split = KIND == UNIFORM && BITS == 8 && S::splits_bytes && !words;
     static constexpr int count = KIND == LUT ? DEPTH : split || words ? 2 : 1;
     static constexpr int most = KIND == LUT ? 127 : BITS == 8 && !split ? 255 : 15;
@@ -231,11 +236,6 @@ struct Form {
     // of the range of entries; a word has its sign already, up to the half unit of what is cut off
     static constexpr float middle = words ? -0.5f : table_middle(DEPTH);
 };
-
-template <class S>
-bool takes_words(int kind, int bits, int planes) {
-    return S::words && planes == 2 && (kind == LUT || bits == 8);
-}
 
 template <class S, class Made, int KIND, int BITS, int C>
 REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const typename S::Bytes* table,
@@ -272,7 +272,7 @@ REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STE
     if constexpr (Made::words) {
         // of 8 columns each, so that they fit: 8 * 2^13 * 127 * 2^8 < 2^31
         typename S::Ints low{}, high{};
-REQUANT_UNROLL(4)
+        REQUANT_UNROLL(4)
         for (int s = begin; s < end; ++s) {
             low = S::dot_words(low, weight[0][s], x.of[2 * s]);
             high = S::dot_words(high, weight[1][s], x.of[2 * s + 1]);
@@ -285,7 +285,7 @@ REQUANT_UNROLL(4)
             typename S::Floats across{};
             for (int p = 0; p < P; ++p) {
                 typename Dot::Sums dot = Dot::none();
-REQUANT_UNROLL(4)
+                REQUANT_UNROLL(4)
                 for (int s = begin; s < end; ++s) dot = Dot::add(dot, weight[d][s], x.of[p * STEPS + s]);
                 const typename S::Floats one = S::floats(Dot::of(dot));
                 across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
@@ -318,7 +318,7 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
 
     typename S::Tile tile_scales[PARTS];
     if constexpr (KIND == UNIFORM)
-REQUANT_UNROLL(2)
+        REQUANT_UNROLL(2)
         for (int part = 0; part < PARTS; ++part) {
             const int64_t group = tile * w.groups() + w.group_of(c * CHUNK + part * (CHUNK / PARTS));
             tile_scales[part] = S::tile_halves(w.scales + group * TILE_ROWS);
@@ -330,7 +330,7 @@ REQUANT_UNROLL(2)
         }
     Inputs<S, P> inputs[M ? M : MAX_BATCH];
     for (int64_t m = 0; m < batch; ++m) inputs[m].load(x + m * P * CHUNK);
-REQUANT_UNROLL(8)
+    REQUANT_UNROLL(8)
     for (int n = 0; n < COUNT; ++n) {
         const int v = n % VECTORS;
         const uint8_t* block = codes + n / VECTORS * (32 * BITS);
@@ -344,7 +344,7 @@ REQUANT_UNROLL(8)
 
         for (int64_t m = 0; m < batch; ++m) {
             Floats& sum = sums.products[n * batch + m];
-REQUANT_UNROLL(2)
+            REQUANT_UNROLL(2)
             for (int part = 0; part < PARTS; ++part) {
                 Floats scale = S::splat(scales[m]);
                 if constexpr (KIND == UNIFORM) scale = S::mul(S::spread(tile_scales[part], n), scale);

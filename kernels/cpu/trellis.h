@@ -89,15 +89,15 @@ REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int
         for (int w = 0; w < W; ++w)
             for (int v = 0; v < VECTORS; ++v) sums[m][w][v] = typename S::Lanes{};
     for (int64_t first = 0; first < block; first += STRINGS * COLUMNS, codes += STRINGS * trellis_stride(K))
-REQUANT_UNROLL(8)
+        REQUANT_UNROLL(8)
         for (int i = 0; i < STRINGS * COLUMNS; ++i) {
             const uint8_t* p = codes + i / COLUMNS * trellis_stride(K) + i % COLUMNS * (TILE / COLUMNS * K / 8);
-REQUANT_UNROLL(4)
+            REQUANT_UNROLL(4)
             for (int v = 0; v < VECTORS; ++v) {
                 const typename S::Lanes pairs = decoded<S, K>(p, v, mask);
-REQUANT_UNROLL(4)
+                REQUANT_UNROLL(4)
                 for (int m = 0; m < M; ++m)
-REQUANT_UNROLL(2)
+                    REQUANT_UNROLL(2)
                     for (int w = 0; w < W; ++w)
                         sums[m][w][v] = S::dot(sums[m][w][v], pairs, x[(m * W + w) * block + first + i]);
             }

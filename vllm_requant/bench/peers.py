@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import hf
+from ..format.reader import Checkpoint
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -17,6 +18,7 @@ __all__ = ["PEERS", "write_bfloat16", "write_gguf", "write_int4"]
 
 _GROUPS = (128, 64, 32)
 _PER_WORD = 8
+_Q4_0_GROUP = 32
 
 
 def write_bfloat16(checkpoint: Path, folder: Path) -> Path:
@@ -82,15 +84,16 @@ def write_gguf(checkpoint: Path, folder: Path) -> Path:
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
     from gguf.quants import quantize
 
+    kind = Checkpoint(checkpoint).model_config["model_type"]
+    if kind != "llama":
+        raise ValueError(f"only Llama is written for llama.cpp; this is {kind}")
     model = _model(checkpoint)
     config = model.config
     rope = config.rope_parameters
-    biased = config.model_type == "llama" and (config.attention_bias or config.mlp_bias)
-    if config.model_type != "llama" or biased or rope["rope_type"] != "default":
-        raise ValueError(
-            "only Llama without biases and with plain rotary embeddings is written for llama.cpp; this is "
-            f"{config.model_type}, {rope['rope_type']}"
-        )
+    if config.attention_bias or config.mlp_bias or rope["rope_type"] != "default":
+        raise ValueError("only Llama without biases and with plain rotary embeddings is written for llama.cpp")
+    if any(size % _Q4_0_GROUP for size in (config.hidden_size, config.intermediate_size)):
+        raise ValueError(f"llama.cpp's Q4_0 takes input features in groups of {_Q4_0_GROUP}")
     file = folder / "model.gguf"
     writer = GGUFWriter(file, "llama")
     writer.add_file_type(LlamaFileType.MOSTLY_Q4_0)
@@ -113,12 +116,12 @@ def write_gguf(checkpoint: Path, folder: Path) -> Path:
         if count := heads.get(name.split(".")[-2]):
             # llama.cpp rotates neighbours, transformers the halves of a head
             weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        kind = GGMLQuantizationType.F32
+        stored = GGMLQuantizationType.F32
         if weight.ndim == 2:
             head = name.startswith(("model.embed_tokens", "lm_head"))
-            kind = GGMLQuantizationType.Q8_0 if head else GGMLQuantizationType.Q4_0
+            stored = GGMLQuantizationType.Q8_0 if head else GGMLQuantizationType.Q4_0
         theirs = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(theirs, quantize(weight.numpy(), kind), raw_dtype=kind)
+        writer.add_tensor(theirs, quantize(weight.numpy(), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

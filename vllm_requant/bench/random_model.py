@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..offline.models import load_tokenizer
+from ..offline.models import ModelError, load_tokenizer
 
 __all__ = ["SHAPES", "write"]
 
@@ -42,16 +42,22 @@ def write(folder: Path, shape: str, tokenizer: str) -> None:
         folder: must not exist.
         shape: a key of :data:`SHAPES`.
         tokenizer: a model, as the converter names one, whose tokenizer is taken; the vocabulary may be smaller.
+
+    Raises:
+        ModelError: there is no such tokenizer.
+        FileExistsError: ``folder`` exists.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    # before the work: what is wrong with either comes to light here
+    text = load_tokenizer(tokenizer)
     folder.mkdir(parents=True)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0)
     torch.manual_seed(0)
     # bfloat16 from the start: half the memory
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    load_tokenizer(tokenizer).save_pretrained(folder)
+    text.save_pretrained(folder)
 
 
 def main() -> None:
@@ -60,7 +66,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b", help="default: llama-3.2-1b")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="folder, Hub id or GGUF file to take it of")
     options = parser.parse_args()
-    write(options.folder, options.shape, options.tokenizer)
+    try:
+        write(options.folder, options.shape, options.tokenizer)
+    except (ModelError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

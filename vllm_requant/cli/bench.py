@@ -22,7 +22,7 @@ def command(
     checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A ReQuant checkpoint.")],
     peers: Annotated[
         bool,
-        typer.Option("--peers", help="Beside its weights in vLLM's bfloat16 and int4, and in llama.cpp's Q4_0."),
+        typer.Option("--peers", help="Also its weights in vLLM's bfloat16 and int4, and in llama.cpp's Q4_0."),
     ] = False,
     peer: Annotated[
         list[str] | None,
