@@ -1,0 +1,211 @@
+// What the kernels share: PTX instructions by name, reductions and the residual. No headers, so that NVRTC compiles it
+// wherever it is. Compile-time settings come as macros: BF16 (activations are bfloat16, else float16) and WIDE (columns
+// of the residual take 32 bits).
+#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef signed char int8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long uint64_t;
+typedef long int64_t;
+#else
+#include <stdint.h>
+#endif
+
+#define DEVICE __device__ __forceinline__
+
+// ---- numbers ----------------------------------------------------------------------------------------------
+
+DEVICE float half_to_float(uint32_t bits) {
+    float out;
+    asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(out) : "r"(bits));
+    return out;
+}
+
+DEVICE float to_float(uint32_t bits) {  // of an activation
+    return BF16 ? __uint_as_float(bits << 16) : half_to_float(bits);
+}
+
+DEVICE uint16_t from_float(float value) {
+    uint16_t out;
+    if (BF16)
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
+    else
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
+    return out;
+}
+
+DEVICE uint32_t pair_from_floats(float low, float high) {
+    uint32_t out;
+    if (BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+// a * b + c on two activations at once
+DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t out;
+    if (BF16)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+DEVICE uint32_t half_add2(uint32_t a, uint32_t b) {
+    uint32_t out;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+// (a & mask) | bits in one instruction
+template <uint32_t MASK>
+DEVICE uint32_t mask_or(uint32_t a, uint32_t bits) {
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(a), "n"(MASK), "r"(bits));
+    return out;
+}
+
+// ---- memory -----------------------------------------------------------------------------------------------
+
+// Weights are read once: they must not push the activations out of the first-level cache.
+DEVICE void load(uint32_t (&to)[4], const uint32_t* from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from));
+}
+
+DEVICE void load2(uint32_t& a, uint32_t& b, const uint32_t* from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(from));
+}
+
+DEVICE uint32_t load1(const uint32_t* from) {
+    uint32_t out;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out) : "l"(from));
+    return out;
+}
+
+// Words of a lane in a block of 32 * W words: as wide loads as W allows, each of them contiguous over the warp.
+template <int W>
+DEVICE void load_words(uint32_t (&to)[W], const uint32_t* block, int lane) {
+    if constexpr (W == 2) {
+        load2(to[0], to[1], block + lane * 2);
+    } else if constexpr (W == 3) {
+        load2(to[0], to[1], block + lane * 2);
+        to[2] = load1(block + 64 + lane);
+    } else {
+        static_assert(W % 4 == 0, "words of a lane");
+#pragma unroll
+        for (int i = 0; i < W; i += 4) {
+            uint32_t four[4];
+            load(four, block + i * 32 + lane * 4);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) to[i + j] = four[j];
+        }
+    }
+}
+
+DEVICE float load_coherent(const float* from) {
+    float out;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(out) : "l"(from));
+    return out;
+}
+
+// ---- tensor cores -----------------------------------------------------------------------------------------
+
+// c[16 x 8] += a[16 x 16] * b[16 x 8] in float32
+DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if (BF16)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c[16 x 8] += a[16 x 32] * b[32 x 8], unsigned times signed bytes
+DEVICE void multiply_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// ---- residual ---------------------------------------------------------------------------------------------
+
+#if WIDE
+typedef uint64_t Entry;  // column in the low half, value (float16) in the high one
+DEVICE uint32_t entry_column(Entry e) { return uint32_t(e); }
+DEVICE float entry_value(Entry e) { return half_to_float(uint32_t(e >> 32)); }
+#else
+typedef uint32_t Entry;
+DEVICE uint32_t entry_column(Entry e) { return e & 0xFFFF; }
+DEVICE float entry_value(Entry e) { return half_to_float(e >> 16); }
+#endif
+
+// The part of a row's residual that one of LANES threads walks: its entries first, first + LANES ... The first AHEAD of
+// them are asked for before the dense loop, which hides how long they take.
+template <int LANES, int AHEAD>
+struct Residual {
+    int next, end;
+    Entry entry[AHEAD];
+
+    DEVICE void begin(const int* indptr, int row, int rows, int lane) {
+        next = end = 0;
+        if (indptr != nullptr && row < rows) {
+            next = indptr[row] + lane;
+            end = indptr[row + 1];
+        }
+    }
+
+    DEVICE void ask(const Entry* entries) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            entry[i] = 0;  // value 0 of column 0
+            if (next + i * LANES < end) entry[i] = entries[next + i * LANES];
+        }
+    }
+
+    // sums[m] += value * x[m][column] over this thread's entries, m < count
+    template <int MOST>
+    DEVICE void add(float (&sums)[MOST], const Entry* entries, const uint16_t* x, int64_t stride, int count) const {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (next + i * LANES < end) one(sums, entry[i], x, stride, count);
+        for (int at = next + AHEAD * LANES; at < end; at += LANES) one(sums, entries[at], x, stride, count);
+    }
+
+    template <int MOST>
+    static DEVICE void one(float (&sums)[MOST], Entry e, const uint16_t* x, int64_t stride, int count) {
+        const float value = entry_value(e);
+        const uint16_t* at = x + entry_column(e);
+#pragma unroll
+        for (int m = 0; m < MOST; ++m)
+            if (m < count) sums[m] += value * to_float(at[m * stride]);
+    }
+};
+
+template <int LANES>
+DEVICE float sum_over_lanes(float value) {
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, step);
+    return value;
+}
+
+// Whether this block is the last of `count` to arrive; it then sees what the others wrote. The lock goes back to zero.
+DEVICE bool last_to_arrive(int* lock, int count) {
+    __shared__ int arrived;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(lock, 1);
+    __syncthreads();
+    if (arrived != count - 1) return false;
+    if (threadIdx.x == 0) *lock = 0;
+    __threadfence();
+    return true;
+}

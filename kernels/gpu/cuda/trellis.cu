@@ -1,0 +1,315 @@
+// y = x * (dense + sparse)^T for the trellis kind with 128 rows a string and up to 64 activations.
+//
+// A weight is a sum of the four bytes of state * 0x83DCD12D mod 2^32, less 510. The tensor cores add the bytes: the
+// product is four neighbours of an operand of unsigned bytes, which meet one activation four times. An activation,
+// rotated and scaled, is an integer of 16 bits: two columns of signed bytes. Sums are exact over 64 columns, then float32.
+//
+// A lane holds 16 consecutive windows of a column; the rows of an operand are numbered accordingly, and put in order
+// when a block's 128 rows are rotated back. Columns are shared by the warps of a block and by gridDim.y blocks; the last
+// of these to arrive adds up what all have, in order. gridDim.z blocks share the activations.
+//
+// Macros beside those of primitives.cuh: BITS (2, 3 or 4) and STATE_BITS.
+struct Arguments {
+    const uint32_t* codes;     // [row blocks, columns / 8, 32 lanes, BITS words]
+    const uint16_t* scales;    // float16 [row blocks, columns / block_in]
+    const float* signs_in;     // [columns], with the factor of the transform
+    const float* signs_out;    // [rows], likewise
+    const int* indptr;         // [rows + 1], or null
+    const Entry* entries;      // [nnz]
+    const uint16_t* x;         // [batch, columns], rows x_stride apart
+    uint16_t* y;               // [batch, rows]
+    float* partial;            // [gridDim.y, batch, rows] and [batch, rows], where gridDim.y > 1
+    int* locks;                // [row blocks * gridDim.z], zero
+    uint8_t* rotated;          // what rotate() made, or null: a block then rotates what it needs
+    int64_t x_stride;
+    int batch, rows, columns, block_in;
+};
+
+constexpr int ROWS = 128, WARPS = 8, THREADS = 32 * WARPS;
+constexpr int UNIT = 64, STEPS = UNIT / 8;  // columns whose sums are exact
+constexpr uint32_t HASH = 0x83DCD12Du;
+
+// Activations as the operand wants them. Of every unit and activation: the planes of its 8 steps, 16 bytes each (high
+// bytes of 8 columns, low bytes of these), then the scale (float) and 510 times the sum (int).
+constexpr int PLANES = STEPS * 16, RECORD = PLANES + 16;
+
+// ---- rotation of activations and results ------------------------------------------------------------------
+
+// Four neighbours a lane: unnormalized Hadamard transform of every `block` of the warp's 128.
+DEVICE void hadamard(float (&v)[4], int block, int lane) {
+    float a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
+    v[0] = a + c;
+    v[1] = b + d;
+    v[2] = a - c;
+    v[3] = b - d;
+    for (int step = 1; step * 4 < block; step *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float other = __shfl_xor_sync(0xFFFFFFFFu, v[i], step);
+            v[i] = lane & step ? other - v[i] : v[i] + other;
+        }
+}
+
+// Records [2 units of 64 columns] of activation m, columns `column` ... + 127; they lie `stride` bytes apart.
+DEVICE void rotate(const Arguments& in, int m, int column, uint8_t* to, int64_t stride, int lane) {
+    const int at = column + lane * 4;
+    float v[4] = {};
+    if (at < in.columns) {
+        const uint2 two = *reinterpret_cast<const uint2*>(in.x + m * in.x_stride + at);
+        const float4 signs = *reinterpret_cast<const float4*>(in.signs_in + at);
+        v[0] = to_float(two.x & 0xFFFF) * signs.x;
+        v[1] = to_float(two.x >> 16) * signs.y;
+        v[2] = to_float(two.y & 0xFFFF) * signs.z;
+        v[3] = to_float(two.y >> 16) * signs.w;
+    }
+    hadamard(v, in.block_in, lane);
+    float most = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, step));
+    // 32,639 = 127 * 256 + 127 is the largest whose high byte, rounded, is no more than 127
+    const float inverse = most > 0 ? 32639.0f / most : 0.0f;
+    uint32_t high = 0, low = 0;
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int whole = __float2int_rn(v[i] * inverse), top = (whole + 128) >> 8;
+        high |= (uint32_t(top) & 0xFF) << (8 * i);
+        low |= (uint32_t(whole) & 0xFF) << (8 * i);  // whole - 256 * top is the low byte, signed
+        sum += whole;
+    }
+#pragma unroll
+    for (int step = 8; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+    uint8_t* const record = to + (lane >> 4) * stride;
+    const int step = (lane & 15) >> 1, part = (lane & 1) * 4;
+    *reinterpret_cast<uint32_t*>(record + step * 16 + part) = high;
+    *reinterpret_cast<uint32_t*>(record + step * 16 + 8 + part) = low;
+    if ((lane & 15) == 0) {
+        *reinterpret_cast<float*>(record + PLANES) = most * (1.0f / 32639.0f);
+        *reinterpret_cast<int*>(record + PLANES + 4) = 510 * sum;
+    }
+}
+
+// Records [units, batch] of all activations; a warp for 128 columns of one.
+extern "C" __global__ void __launch_bounds__(128) rotate_activations(const __grid_constant__ Arguments in) {
+    const int task = blockIdx.x * 4 + (threadIdx.x >> 5), pieces = (in.columns + 127) / 128;
+    if (task >= pieces * in.batch) return;
+    const int piece = task / in.batch, m = task % in.batch;
+    const int64_t stride = int64_t(in.batch) * RECORD;
+    rotate(in, m, piece * 128, in.rotated + piece * 2 * stride + int64_t(m) * RECORD, stride, threadIdx.x & 31);
+}
+
+// ---- windows ----------------------------------------------------------------------------------------------
+
+// The J-th of 16 windows in 16 * BITS bits and those that follow, times the factor of the code.
+template <int J>
+DEVICE uint32_t hashed(uint32_t first, uint32_t second, uint32_t third) {
+    constexpr int at = J * BITS, shift = at % 32;
+    constexpr uint32_t mask = (1u << STATE_BITS) - 1;
+    const uint32_t low = at < 32 ? first : second, high = at < 32 ? second : third;
+    if constexpr (shift + STATE_BITS > 32) return (__funnelshift_r(low, high, shift) & mask) * HASH;
+    // one of two shifts can be a multiplication, which another unit does
+    if constexpr (shift + STATE_BITS < 32 && J % 2) return ((low << (32 - shift - STATE_BITS)) >> (32 - STATE_BITS)) * HASH;
+    return (low >> shift & mask) * HASH;
+}
+
+struct Strings {  // the windows of two columns
+    uint32_t first[2], second[2], third[2];
+};
+
+DEVICE void unpack(Strings& s, const uint32_t (&words)[BITS], int lane) {
+    const int next = (lane + 4) & 31;  // the string is circular
+    if constexpr (BITS == 4) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            s.first[i] = words[2 * i];
+            s.second[i] = words[2 * i + 1];
+            s.third[i] = __shfl_sync(0xFFFFFFFFu, words[2 * i], next);
+        }
+    } else if constexpr (BITS == 3) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            s.first[i] = words[i];
+            // the upper halves of both columns share a word
+            s.second[i] = __byte_perm(words[2], __shfl_sync(0xFFFFFFFFu, words[i], next), i ? 0x5432 : 0x5410);
+            s.third[i] = 0;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            s.first[i] = words[i];
+            s.second[i] = __shfl_sync(0xFFFFFFFFu, words[i], next);
+            s.third[i] = 0;
+        }
+    }
+}
+
+template <int RT, int NT>
+DEVICE void row_tiles(int (&sums)[NT][8][4], const Strings& s, const uint32_t (&b)[NT][2]) {
+    if constexpr (RT < 8) {
+        const uint32_t a0 = hashed<2 * RT>(s.first[0], s.second[0], s.third[0]);
+        const uint32_t a1 = hashed<2 * RT + 1>(s.first[0], s.second[0], s.third[0]);
+        const uint32_t a2 = hashed<2 * RT>(s.first[1], s.second[1], s.third[1]);
+        const uint32_t a3 = hashed<2 * RT + 1>(s.first[1], s.second[1], s.third[1]);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) multiply_bytes(sums[n][RT], a0, a1, a2, a3, b[n][0], b[n][1]);
+        row_tiles<RT + 1, NT>(sums, s, b);
+    }
+}
+
+// ---- the product ------------------------------------------------------------------------------------------
+
+// NT times four activations. LANES threads of a block walk a row of the residual, gridDim.y = LANES / 2.
+template <int NT, int LANES, int AHEAD>
+DEVICE void trellis(const Arguments& in) {
+    constexpr int BATCH = 4 * NT, RESIDUAL_ROWS = THREADS / LANES;
+    extern __shared__ __align__(16) char shared[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const int row_block = blockIdx.x, first_m = blockIdx.z * BATCH, batch = min(BATCH, in.batch - first_m);
+
+    // this block's part of the residual: some of the rows, all columns
+    const int residual_row = row_block * ROWS + blockIdx.y * RESIDUAL_ROWS + threadIdx.x / LANES;
+    Residual<LANES, 2> residual;
+    residual.begin(in.indptr, residual_row, in.rows, threadIdx.x % LANES);
+
+    const int units = in.columns / UNIT, share = ((units + 1) / 2 + gridDim.y - 1) / gridDim.y * 2;
+    const int begin = min(units, int(blockIdx.y) * share), end = min(units, begin + share);
+    const uint32_t* codes = in.codes + int64_t(row_block) * units * (STEPS * 32 * BITS);
+    uint32_t words[AHEAD][BITS];
+    const auto ask = [&](int slot, int unit, int step) {
+        if (unit < end) load_words<BITS>(words[slot], codes + (int64_t(unit) * STEPS + step) * (32 * BITS), lane);
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) ask(i, begin + warp, i);
+
+    // records [units, batch]
+    const uint8_t* records;
+    int64_t unit_stride;
+    if (in.rotated != nullptr) {
+        unit_stride = int64_t(in.batch) * RECORD;
+        records = in.rotated + begin * unit_stride + int64_t(first_m) * RECORD;
+    } else {
+        unit_stride = int64_t(batch) * RECORD;
+        uint8_t* const to = reinterpret_cast<uint8_t*>(shared);
+        for (int task = warp; task < (end - begin + 1) / 2 * batch; task += WARPS) {
+            const int m = task % batch, piece = task / batch;
+            rotate(in, first_m + m, (begin + piece * 2) * UNIT, to + piece * 2 * unit_stride + m * RECORD, unit_stride,
+                   lane);
+        }
+        records = to;
+        __syncthreads();
+    }
+    residual.ask(in.entries);
+
+    float sums[NT][8][2] = {};
+    for (int unit = begin + warp; unit < end; unit += WARPS) {
+        const uint8_t* const here = records + (unit - begin) * unit_stride;
+        const uint8_t* x_lane[NT];
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+            x_lane[n] = here + min(n * 4 + (g >> 1), batch - 1) * RECORD + (g & 1) * 8;
+        int exact[NT][8][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            Strings strings;
+            unpack(strings, words[step % AHEAD], lane);
+            ask(step % AHEAD, step + AHEAD < STEPS ? unit : unit + WARPS, (step + AHEAD) % STEPS);
+            uint32_t b[NT][2];
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                const uint2 eight = *reinterpret_cast<const uint2*>(x_lane[n] + step * 16);
+                b[n][0] = permute(eight.x, 0, t * 0x1111);
+                b[n][1] = permute(eight.y, 0, t * 0x1111);
+            }
+            row_tiles<0, NT>(exact, strings, b);
+        }
+        const float scale = half_to_float(in.scales[int64_t(row_block) * (in.columns / in.block_in) +
+                                                    unit * UNIT / in.block_in]);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            const uint8_t* const record = here + min(n * 4 + t, batch - 1) * RECORD + PLANES;
+            const float factor = *reinterpret_cast<const float*>(record) * scale;
+            const int less = *reinterpret_cast<const int*>(record + 4);
+#pragma unroll
+            for (int r = 0; r < 8; ++r)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)  // 256 times the high plane and the low one; wraps, its end does not
+                    sums[n][r][h] += factor * float(int(uint32_t(exact[n][r][2 * h]) * 256u +
+                                                        uint32_t(exact[n][r][2 * h + 1]) - uint32_t(less)));
+        }
+    }
+
+    // [WARPS][batch][ROWS] over what was there, in the order of the rows
+    float residual_sums[BATCH] = {};
+    if (in.indptr != nullptr) {
+        residual.add(residual_sums, in.entries, in.x + first_m * in.x_stride, in.x_stride, batch);
+#pragma unroll
+        for (int m = 0; m < BATCH; ++m)
+            if (m < batch) residual_sums[m] = sum_over_lanes<LANES>(residual_sums[m]);
+    }
+    __syncthreads();
+    float* const reduced = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+        if (n * 4 + t < batch) {
+            float* const to = reduced + (warp * batch + n * 4 + t) * ROWS + g * 16;
+#pragma unroll
+            for (int r = 0; r < 8; r += 2)
+                *reinterpret_cast<float4*>(to + 2 * r) =
+                    make_float4(sums[n][r][0], sums[n][r][1], sums[n][r + 1][0], sums[n][r + 1][1]);
+        }
+    float* const extra = reduced + WARPS * batch * ROWS;  // [batch][ROWS]: the residual of the whole row block
+    const int64_t plane = int64_t(in.batch) * in.rows;
+    const bool alone = gridDim.y == 1;
+    if (threadIdx.x % LANES == 0)
+#pragma unroll
+        for (int m = 0; m < BATCH; ++m)
+            if (m < batch) {
+                if (alone)
+                    extra[m * ROWS + threadIdx.x / LANES] = residual_sums[m];
+                else if (in.indptr != nullptr)
+                    in.partial[gridDim.y * plane + int64_t(first_m + m) * in.rows + residual_row] = residual_sums[m];
+            }
+    __syncthreads();
+    for (int i = threadIdx.x; i < batch * ROWS; i += THREADS) {
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += reduced[w * batch * ROWS + i];
+        if (alone)
+            reduced[i] = sum;
+        else
+            in.partial[blockIdx.y * plane + int64_t(first_m + i / ROWS) * in.rows + row_block * ROWS + i % ROWS] = sum;
+    }
+    if (!alone) {
+        if (!last_to_arrive(in.locks + blockIdx.z * gridDim.x + row_block, gridDim.y)) return;
+        for (int i = threadIdx.x; i < batch * ROWS; i += THREADS) {
+            const float* from = in.partial + int64_t(first_m + i / ROWS) * in.rows + row_block * ROWS + i % ROWS;
+            float part[LANES / 2];
+#pragma unroll
+            for (int k = 0; k < LANES / 2; ++k) part[k] = load_coherent(from + k * plane);
+            const float more = in.indptr != nullptr ? load_coherent(from + gridDim.y * plane) : 0.0f;
+            float sum = 0;
+#pragma unroll
+            for (int k = 0; k < LANES / 2; ++k) sum += part[k];
+            reduced[i] = sum;
+            extra[i] = more;
+        }
+    }
+    __syncthreads();
+    for (int m = warp; m < batch; m += WARPS) {
+        const float4 four = *reinterpret_cast<const float4*>(reduced + m * ROWS + lane * 4);
+        const float4 signs = *reinterpret_cast<const float4*>(in.signs_out + row_block * ROWS + lane * 4);
+        const float4 more = *reinterpret_cast<const float4*>(extra + m * ROWS + lane * 4);
+        float v[4] = {four.x, four.y, four.z, four.w};
+        hadamard(v, ROWS, lane);
+        uint2 out;
+        out.x = pair_from_floats(v[0] * signs.x + more.x, v[1] * signs.y + more.y);
+        out.y = pair_from_floats(v[2] * signs.z + more.z, v[3] * signs.w + more.w);
+        *reinterpret_cast<uint2*>(in.y + int64_t(first_m + m) * in.rows + row_block * ROWS + lane * 4) = out;
+    }
+}
+
+#define TRELLIS(NT, LANES, AHEAD, BLOCKS)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                    \
+        trellis_##NT##_##LANES##_##AHEAD##_##BLOCKS(const __grid_constant__ Arguments in) {                          \
+        trellis<NT, LANES, AHEAD>(in);                                                                               \
+    }

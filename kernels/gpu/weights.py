@@ -1,0 +1,118 @@
+"""A layer's run-time tensors on a GPU, made once from the canonical ones."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bitstream import unpack_codes
+from . import layout
+
+__all__ = ["NAMES", "Weights", "repack"]
+
+NAMES = ("codes", "params", "zeros", "signs_in", "signs_out", "sparse_indptr", "sparse_entries", "locks")
+"""Of the run-time tensors; those that a kind does not have are empty."""
+
+
+class Weights(NamedTuple):
+    """The run-time tensors and what they mean.
+
+    Attributes:
+        codes: int32 words as in layout.py; of a trellis whose strings have fewer than 128 rows the canonical bytes as
+            int16 ``[row blocks, tiles, 8 · bits]``.
+        params: float16; ``uniform``: scales ``[row tiles, groups, 8, 2]``; ``lut``: tables ``[out_features, 2**bits]``;
+            ``trellis``: scales ``[row blocks, column blocks]``.
+        zeros: ``uniform``: zero points, uint8 ``[row tiles, groups, 8, 2]``.
+        signs_in, signs_out: ``trellis``: float32, times the factor of the transform.
+        sparse_indptr, sparse_entries: int32 ``[out_features + 1]`` and :func:`layout.residual_entries`; both empty
+            without a residual.
+        locks: int32 zeros, with which the blocks of one launch find the last among them; they end as they began.
+            Launches that share them must not overlap: those of one layer follow each other.
+        kind, bits, group_size, state_bits, in_features, out_features: as everywhere.
+    """
+
+    codes: Tensor
+    params: Tensor
+    zeros: Tensor
+    signs_in: Tensor
+    signs_out: Tensor
+    sparse_indptr: Tensor
+    sparse_entries: Tensor
+    locks: Tensor
+    kind: str
+    bits: int
+    group_size: int
+    state_bits: int
+    in_features: int
+    out_features: int
+
+    @property
+    def lut(self) -> bool:
+        return self.kind == "lut"
+
+    @property
+    def wide(self) -> bool:
+        """Whether a column of the residual takes more than 16 bits."""
+        return self.sparse_entries.dtype == torch.int64
+
+    @property
+    def block_out(self) -> int:
+        """Rows of a string of the ``trellis`` kind."""
+        return self.out_features // self.params.shape[0]
+
+    @property
+    def block_in(self) -> int:
+        return self.in_features // self.params.shape[1]
+
+
+def tiled(bits: int, block_out: int) -> bool:
+    """Whether :func:`layout.tile_strings` is for this trellis."""
+    return block_out == 128 and bits in (2, 3, 4)
+
+
+def repack(
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    signs: tuple[Tensor, Tensor] | None,
+    *,
+    bits: int,
+    in_features: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Run-time tensors by name.
+
+    Args:
+        kind, tensors, bits, in_features, device: as for :func:`vllm_requant.kernels.repack`.
+        signs: of the ``trellis`` kind, float32 with the factor of the transform.
+    """
+    here = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        return torch.empty(0, dtype=dtype, device=device)
+
+    out = {"zeros": empty(torch.uint8), "signs_in": empty(torch.float32), "signs_out": empty(torch.float32)}
+    if kind == "trellis":
+        assert signs is not None
+        out |= {"signs_in": signs[0].to(device), "signs_out": signs[1].to(device)}
+        rows = out["signs_out"].numel()
+        if tiled(bits, rows // here["scales"].shape[0]):
+            out["codes"] = layout.tile_strings(here["qweight"], bits=bits)
+        else:
+            out["codes"] = here["qweight"].contiguous().view(torch.int16).clone()
+        out["params"] = here["scales"].clone(memory_format=torch.contiguous_format)
+    else:
+        table = here["scales" if kind == "uniform" else "lookup_table"]
+        rows = table.shape[0]
+        out["codes"] = layout.tile_codes(kind, here["qweight"], bits=bits, in_features=in_features)
+        if kind == "uniform":
+            out["params"] = layout.group_pairs(table)
+            out["zeros"] = layout.group_pairs(unpack_codes(here["qzeros"], bits, table.shape[1]))
+        else:
+            out["params"] = table.clone(memory_format=torch.contiguous_format)
+    out["sparse_indptr"], out["sparse_entries"] = empty(torch.int32), empty(torch.int32)
+    if "sparse_values" in here and here["sparse_values"].numel():
+        out["sparse_indptr"] = here["sparse_indptr"].clone(memory_format=torch.contiguous_format)
+        out["sparse_entries"] = layout.residual_entries(here["sparse_indices"], here["sparse_values"], in_features)
+    out["locks"] = torch.zeros(-(-rows // layout.ROWS), dtype=torch.int32, device=device)
+    return {name: out[name] for name in NAMES}
