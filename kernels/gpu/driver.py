@@ -88,7 +88,9 @@ def compile_to_cubin(source: str, options: Sequence[str]) -> bytes:
         flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = nvrtc.nvrtcCompileProgram(program, len(options), flags)
         if status:
-            raise NvrtcError(f"NVRTC refused the kernels: {_read(nvrtc, program, 'ProgramLog').decode(errors='replace')}")
+            raise NvrtcError(
+                f"NVRTC refused the kernels: {_read(nvrtc, program, 'ProgramLog').decode(errors='replace')}"
+            )
         return _read(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -102,6 +104,23 @@ def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     return buffer.raw
 
 
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("_pad", ctypes.c_int), ("value", ctypes.c_int), ("_rest", ctypes.c_byte * 60))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "_one", "_one_too", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+# a launch may begin while the one before it ends; the kernels wait where it matters
+_OVERLAP = _Attribute(id=6, value=1)
+
+
 class Kernel:
     """A kernel that takes one structure by value."""
 
@@ -109,20 +128,31 @@ class Kernel:
         self._handle, self._name, self._shared = handle, name, _DEFAULT_SHARED
 
     def __call__(
-        self, grid: tuple[int, int, int], threads: int, shared: int, arguments: ctypes.Structure, stream: int
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arguments: ctypes.Structure,
+        stream: int,
+        overlap: bool = False,
     ) -> None:
-        """Launch on a CUDA stream; ``shared`` is the dynamic shared memory in bytes."""
+        """Launch on a CUDA stream.
+
+        Args:
+            shared: dynamic shared memory in bytes.
+            overlap: the launch may begin before the one before it has ended; from compute capability 9.0 on.
+        """
         driver = _driver()
         if shared > self._shared:
             status = driver.cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
             _check(f"{shared} bytes of shared memory for {self._name}", status)
             self._shared = shared
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        launch = (self._handle, *grid, threads, 1, 1, shared, ctypes.c_void_p(stream), pointers, None)
-        status = driver.cuLaunchKernel(*launch)
+        launch = _Launch(*grid, threads, 1, 1, shared, stream, ctypes.pointer(_OVERLAP), int(overlap))
+        status = driver.cuLaunchKernelEx(ctypes.byref(launch), self._handle, pointers, None)
         if status == _INVALID_CONTEXT:  # a thread that has not used the device yet
             torch.cuda.set_device(torch.cuda.current_device())
-            status = driver.cuLaunchKernel(*launch)
+            status = driver.cuLaunchKernelEx(ctypes.byref(launch), self._handle, pointers, None)
         _check(f"launch of {self._name} on {grid}", status)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "MOST",
     "Matvec",
     "TrellisVariant",
+    "expand",
     "matvec",
     "matvec_variant",
     "takes_trellis",
@@ -25,9 +26,8 @@ __all__ = [
 
 MOST = 64
 """Activations that the fused kernels take."""
-_LONGEST = 40_000  # columns of which shared memory holds one activation beside the tables
+_SHARED = 200 << 10  # bytes of a multiprocessor's shared memory that blocks may take
 _RECORD = 144  # bytes of 64 columns of a rotated activation, see trellis.cu
-_BLOCKS_WANTED = 256  # of the smallest launch: two for each multiprocessor of an H100
 
 
 class Matvec(NamedTuple):
@@ -48,6 +48,24 @@ class Matvec(NamedTuple):
     @property
     def instance(self) -> str:
         return f"MATVEC({self.n_tiles}, {str(self.single).lower()}, {', '.join(map(str, self[2:6]))})"
+
+    def shared(self, w: Weights, batch: int) -> int:
+        """Bytes of shared memory: activations, two times tables, two times sums."""
+        rows = 16 * self.row_warps
+        activations = -(-w.codes.shape[1] // self.splits) * batch * 128
+        tables = 2 * self.row_warps * _table_bytes(w.bits, self.row_warps) if w.lut else 0
+        return activations + tables + 2 * (self.column_warps + 1) * batch * (rows + 4) * 4
+
+    def grid(self, w: Weights, multiprocessors: int) -> tuple[int, int, int]:
+        """As many blocks as fit at a time, or as there is work for."""
+        stretches = -(-w.codes.shape[0] // self.row_warps)
+        return min(stretches, max(1, multiprocessors * self.blocks // self.splits)), self.splits, 1
+
+
+def _table_bytes(bits: int, row_warps: int) -> int:
+    """Of a row tile, as in matvec.cu."""
+    slots = 32 if bits == 2 or (bits == 3 and row_warps == 1) else 8
+    return 2 * slots * 4 << (2 * bits)
 
 
 class TrellisVariant(NamedTuple):
@@ -89,22 +107,24 @@ class _TrellisArguments(ctypes.Structure):
 
 def matvec_variant(w: Weights, batch: int) -> Matvec:
     """The variant for a layer and a batch."""
-    row_tiles, columns = w.codes.shape[0], w.in_features
-    if batch == 1 and columns <= _LONGEST:
-        return Matvec(1, True, 1, 8, 4, 2)
-    n_tiles = 1 if batch <= 8 else 2 if batch <= 16 else 4 if batch <= 32 else 8
-    row_warps = 2 if n_tiles == 1 else 4
-    splits = 1
-    while row_tiles // row_warps * splits < _BLOCKS_WANTED and splits < 8 and columns // splits >= 1024:
-        splits *= 2
-    return Matvec(n_tiles, False, row_warps, 8 // row_warps, 2, 1, splits)
+    if batch == 1:
+        variants = [Matvec(1, True, 1, 8, 4, 3)]
+    elif batch <= 8:
+        variants = [Matvec(1, False, 1, 8, 4, 2)]
+    else:
+        n_tiles = 2 if batch <= 16 else 4 if batch <= 32 else 8
+        variants = [Matvec(n_tiles, False, 2, 8, 2, 1) if n_tiles < 8 else Matvec(8, False, 4, 2, 2, 1)]
+    chosen = variants[0]
+    while chosen.shared(w, batch) * chosen.blocks > _SHARED and chosen.splits < 64:
+        chosen = chosen._replace(splits=chosen.splits * 2)
+    return chosen
 
 
 _MATVEC_VARIANTS = (
-    Matvec(1, True, 1, 8, 4, 2),
-    Matvec(1, False, 2, 4, 2, 1),
-    Matvec(2, False, 4, 2, 2, 1),
-    Matvec(4, False, 4, 2, 2, 1),
+    Matvec(1, True, 1, 8, 4, 3),
+    Matvec(1, False, 1, 8, 4, 2),
+    Matvec(2, False, 2, 8, 2, 1),
+    Matvec(4, False, 2, 8, 2, 1),
     Matvec(8, False, 4, 2, 2, 1),
 )
 
@@ -112,9 +132,19 @@ _MATVEC_VARIANTS = (
 def trellis_variant(w: Weights, batch: int) -> TrellisVariant:
     """The variant for a layer and a batch."""
     splits = 1
-    while w.codes.shape[0] * splits < _BLOCKS_WANTED and splits < 16 and w.in_features // splits >= 1024:
+    while splits < 8 and w.in_features // splits >= 1024:
         splits *= 2
     return TrellisVariant(1 if batch <= 4 else 2, 2 * splits, 4, 2 if batch <= 4 else 1)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _overlaps(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
@@ -128,9 +158,7 @@ def _module(name: str, instances: str, defines: tuple[tuple[str, int], ...], dev
     return Module(_source(name) + instances, dict(defines))
 
 
-def _compiled(
-    name: str, variants: Sequence[Matvec | TrellisVariant], w: Weights, x: Tensor, **defines: int
-) -> Module:
+def _compiled(name: str, variants: Sequence[Matvec | TrellisVariant], w: Weights, x: Tensor, **defines: int) -> Module:
     defines |= {"BITS": w.bits, "BF16": int(x.dtype == torch.bfloat16), "WIDE": int(w.wide)}
     instances = "\n".join(variant.instance for variant in dict.fromkeys(variants))
     return _module(name, instances, tuple(sorted(defines.items())), x.get_device())
@@ -149,22 +177,69 @@ def matvec(w: Weights, x: Tensor, variant: Matvec | None = None) -> Tensor:
             multiple of 8 bytes apart.
         variant: another than :func:`matvec_variant` gives.
     """
-    batch, columns = x.shape
-    tiles, rows = w.codes.shape[1], w.out_features
+    batch, rows = x.shape[0], w.out_features
     chosen = variant or matvec_variant(w, batch)
-    module = _compiled(
+    module = _matvec_module(w, x, variant)
+    y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
+    splits = chosen.splits
+    partial = torch.empty(splits, batch, rows, dtype=torch.float32, device=x.device) if splits > 1 else y
+    arguments = _matvec_arguments(w, x, y, partial)
+    device = x.get_device()
+    module.kernel(chosen.name)(
+        chosen.grid(w, _multiprocessors(device)),
+        32 * chosen.row_warps * chosen.column_warps,
+        chosen.shared(w, batch),
+        arguments,
+        torch.cuda.current_stream(device).cuda_stream,
+        _overlaps(device),
+    )
+    return y
+
+
+def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None = None) -> Tensor:
+    """Rows of ``dense + sparse`` of the ``uniform`` and ``lut`` kinds.
+
+    Args:
+        w: in_features a multiple of 4.
+        dtype: float16 or bfloat16.
+        first_row: a multiple of 16.
+        count: all that follow by default.
+    """
+    count = w.out_features - first_row if count is None else count
+    columns = w.in_features
+    out = torch.empty(count, columns, dtype=dtype, device=w.codes.device)
+    if count == 0:
+        return out
+    module = _matvec_module(w, out, None)
+    tiles = w.codes.shape[1]
+    arguments = _matvec_arguments(w, out, out, out)
+    arguments.rows, arguments.batch = first_row + count, first_row
+    parts = max(1, min(tiles // 16, 4))
+    device = out.get_device()
+    module.kernel("expand_rows")(
+        (-(-count // 16), parts, 1),
+        256,
+        _table_bytes(w.bits, 1) if w.lut else 0,
+        arguments,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+    return out
+
+
+def _matvec_module(w: Weights, x: Tensor, variant: Matvec | None) -> Module:
+    return _compiled(
         "matvec",
-        _MATVEC_VARIANTS if variant is None else (chosen,),
+        _MATVEC_VARIANTS if variant is None else (variant,),
         w,
         x,
         LUT=int(w.lut),
         HALVES=int(w.group_size % 64 != 0),
-        TAIL=int(columns % 64 != 0),
+        TAIL=int(w.in_features % 64 != 0),
     )
-    y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
-    splits = chosen.splits
-    partial = torch.empty(splits, batch, rows, dtype=torch.float32, device=x.device) if splits > 1 else y
-    arguments = _MatvecArguments(
+
+
+def _matvec_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _MatvecArguments:
+    return _MatvecArguments(
         w.codes.data_ptr(),
         w.params.data_ptr(),
         w.zeros.data_ptr(),
@@ -174,23 +249,13 @@ def matvec(w: Weights, x: Tensor, variant: Matvec | None = None) -> Tensor:
         partial.data_ptr(),
         w.locks.data_ptr(),
         x.stride(0),
-        batch,
-        rows,
-        columns,
-        tiles,
+        x.shape[0],
+        w.out_features,
+        w.in_features,
+        w.codes.shape[1],
         0 if w.lut else w.params.shape[1],
         0 if w.lut else -(-(1 << 32) // (2 * (w.group_size // 32))),
     )
-    row_blocks = -(-rows // (16 * chosen.row_warps))
-    before = tiles * 128 * chosen.single
-    if w.lut:
-        slots = 32 if w.bits == 2 or (w.bits == 3 and chosen.row_warps == 1) else 8
-        before += chosen.row_warps * 2 * slots * 4 << (2 * w.bits)
-    after = chosen.column_warps * 16 * chosen.row_warps * (1 if chosen.single else 8 * chosen.n_tiles) * 4
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    threads = 32 * chosen.row_warps * chosen.column_warps
-    module.kernel(chosen.name)((row_blocks, splits, 1), threads, max(before, after), arguments, stream)
-    return y
 
 
 def trellis(w: Weights, x: Tensor, variant: TrellisVariant | None = None) -> Tensor:
@@ -230,15 +295,17 @@ def trellis(w: Weights, x: Tensor, variant: TrellisVariant | None = None) -> Ten
         columns,
         w.block_in,
     )
-    stream = torch.cuda.current_stream(x.device).cuda_stream
+    device = x.get_device()
+    stream, overlap = torch.cuda.current_stream(device).cuda_stream, _overlaps(device)
     share = min(batch, most)
-    shared = (8 + 1) * share * 128 * 4
+    shared = 2 * (8 + 1) * share * 128 * 4
     if rotated is None:
-        shared = max(shared, (2 * -(-pieces // splits) + 1) * share * _RECORD)
+        shared += (2 * -(-pieces // splits) + 1) * share * _RECORD
     else:
-        module.kernel("rotate_activations")((-(-pieces * batch // 4), 1, 1), 128, 0, arguments, stream)
-    grid = (rows // 128, splits, -(-batch // most))
-    module.kernel(chosen.name)(grid, 256, shared, arguments, stream)
+        module.kernel("rotate_activations")((-(-pieces * batch // 4), 1, 1), 128, 0, arguments, stream, overlap)
+    blocks = max(1, _multiprocessors(device) * chosen.blocks // splits)
+    grid = (min(rows // 128, blocks), splits, -(-batch // most))
+    module.kernel(chosen.name)(grid, 256, shared, arguments, stream, overlap)
     return y
 
 

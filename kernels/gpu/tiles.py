@@ -57,16 +57,14 @@ def _codes(codes, row, column, tiles, mask, LUT: tl.constexpr, BITS: tl.constexp
 
 
 @triton.jit
-def _dense(
-    codes, params, zeros, row, column, tiles, groups, group_size, mask, LUT: tl.constexpr, BITS: tl.constexpr
-):
+def _dense(codes, tables, zeros, row, column, tiles, groups, group_size, mask, LUT: tl.constexpr, BITS: tl.constexpr):
     """float32 dense weights of the elements ``row``, ``column``."""
     code = _codes(codes, row, column, tiles, mask, LUT, BITS)
     if LUT:
-        return tl.load(params + (row.to(tl.int64) << BITS) + code, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(tables + (row.to(tl.int64) << BITS) + code, mask=mask, other=0.0).to(tl.float32)
     group = (row // 16).to(tl.int64) * groups + column // group_size
     at = group * 16 + row % 8 * 2 + row % 16 // 8
-    scale = tl.load(params + at, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(tables + at, mask=mask, other=0.0).to(tl.float32)
     return (code - tl.load(zeros + at, mask=mask, other=0).to(tl.int32)).to(tl.float32) * scale
 
 
@@ -101,7 +99,7 @@ def _add_residual(
 @triton.jit
 def expand_rows(
     codes,
-    params,
+    tables,
     zeros,
     indptr,
     entries,
@@ -131,9 +129,7 @@ def expand_rows(
     for step in range(STEPS):
         column = begin + step * COLUMNS + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < columns)[None, :]
-        weight = _dense(
-            codes, params, zeros, row[:, None], column[None, :], tiles, groups, group_size, mask, LUT, BITS
-        )
+        weight = _dense(codes, tables, zeros, row[:, None], column[None, :], tiles, groups, group_size, mask, LUT, BITS)
         to = out + place.to(tl.int64)[:, None] * stride + column[None, :]
         tl.store(to, weight.to(out.dtype.element_ty), mask=mask)
     if RESIDUAL:
@@ -144,7 +140,7 @@ def expand_rows(
 def product(
     x,
     codes,
-    params,
+    tables,
     zeros,
     indptr,
     entries,
@@ -177,9 +173,7 @@ def product(
         column = first + tl.arange(0, COLUMNS)
         inside = (column < columns)[None, :]
         mask = (row < rows)[:, None] & inside
-        weight = _dense(
-            codes, params, zeros, row[:, None], column[None, :], tiles, groups, group_size, mask, LUT, BITS
-        )
+        weight = _dense(codes, tables, zeros, row[:, None], column[None, :], tiles, groups, group_size, mask, LUT, BITS)
         left = tl.load(x_row + column[None, :], mask=(m < batch)[:, None] & inside, other=0.0)
         right = tl.trans(weight.to(x.dtype.element_ty))
         if UPCAST:

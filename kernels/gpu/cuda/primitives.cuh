@@ -115,6 +115,36 @@ DEVICE float load_coherent(const float* from) {
     return out;
 }
 
+DEVICE float4 load_coherent4(const float* from) {
+    float4 out;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+                 : "l"(from));
+    return out;
+}
+
+// Eight bytes to shared memory, zero where there is nothing to read; copies_arrived waits for this thread's.
+DEVICE void copy_async(void* to, const void* from, bool there) {
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(there ? 8 : 0) : "memory");
+}
+
+DEVICE void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A launch may begin before the one before it has ended: weights can be read at once, anything else, activations,
+// results and locks, after launched_before_is_done.
+DEVICE void next_may_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+DEVICE void launched_before_is_done() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- tensor cores -----------------------------------------------------------------------------------------
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8] in float32
@@ -171,22 +201,20 @@ struct Residual {
         }
     }
 
-    // sums[m] += value * x[m][column] over this thread's entries, m < count
-    template <int MOST>
-    DEVICE void add(float (&sums)[MOST], const Entry* entries, const uint16_t* x, int64_t stride, int count) const {
+    // add(column, value) for each of this thread's entries
+    template <class Add>
+    DEVICE void walk(const Entry* entries, const Add& add) const {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
-            if (next + i * LANES < end) one(sums, entry[i], x, stride, count);
-        for (int at = next + AHEAD * LANES; at < end; at += LANES) one(sums, entries[at], x, stride, count);
-    }
-
-    template <int MOST>
-    static DEVICE void one(float (&sums)[MOST], Entry e, const uint16_t* x, int64_t stride, int count) {
-        const float value = entry_value(e);
-        const uint16_t* at = x + entry_column(e);
+            if (next + i * LANES < end) add(entry_column(entry[i]), entry_value(entry[i]));
+        for (int at = next + AHEAD * LANES; at < end; at += 4 * LANES) {
+            Entry more[4];
 #pragma unroll
-        for (int m = 0; m < MOST; ++m)
-            if (m < count) sums[m] += value * to_float(at[m * stride]);
+            for (int i = 0; i < 4; ++i) more[i] = entries[min(at + i * LANES, end - 1)];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (at + i * LANES < end) add(entry_column(more[i]), entry_value(more[i]));
+        }
     }
 };
 
