@@ -18,6 +18,7 @@ struct Avx2 {
     static constexpr int rows = 2;
     static constexpr bool splits_bytes = true;  // products of two weights of 8 bits leave 16 bits
     static constexpr bool words = true;         // cheaper than products of bytes that have to be widened one by one
+    static constexpr int word_lookup_bits = 0;
     using Bytes = __m256i;
     using Ints = __m256i;
     using Floats = __m256;
@@ -115,11 +116,13 @@ struct Avx2 {
     }
     template <class Index>
     static REQUANT_INLINE Floats eight(const Index* columns, const uint16_t* values, const float* x, Floats sum) {
-        const __m128i* half = reinterpret_cast<const __m128i*>(columns);
-        const __m256i at = sizeof(Index) == 2 ? _mm256_cvtepu16_epi32(_mm_loadu_si128(half))
-                                              : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
         const __m256 value = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-        return _mm256_fmadd_ps(_mm256_i32gather_ps(x, at, 4), value, sum);
+        return _mm256_fmadd_ps(_mm256_set_m128(four(columns + 4, x), four(columns, x)), value, sum);
+    }
+    // a gather takes longer than single loads, many times as long with a microcode against Downfall
+    template <class Index>
+    static REQUANT_INLINE __m128 four(const Index* at, const float* x) {
+        return _mm_set_ps(x[at[3]], x[at[2]], x[at[1]], x[at[0]]);
     }
 
     static constexpr int lanes = 8;
@@ -143,6 +146,8 @@ struct Avx2 {
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(x)));
     }
+    static constexpr int chains = 1;
+    static REQUANT_INLINE Lanes plus(Lanes a, Lanes b) { return _mm256_add_epi32(a, b); }
     static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
         const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(less)));
         _mm256_storeu_ps(to, _mm256_fmadd_ps(total, _mm256_set1_ps(factor), _mm256_loadu_ps(to)));

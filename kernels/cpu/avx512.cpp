@@ -17,7 +17,8 @@ namespace {
 struct Avx512 {
     static constexpr int rows = 4;
     static constexpr bool splits_bytes = false;
-    static constexpr bool words = false;
+    static constexpr bool words = true;  // two products of words for four of bytes
+    static constexpr int word_lookup_bits = 3;
     using Bytes = __m512i;
     using Ints = __m512i;
     using Floats = __m512;
@@ -44,6 +45,24 @@ struct Avx512 {
         }
         static REQUANT_INLINE Ints of(Sums sum) { return sum; }
     };
+
+    static REQUANT_INLINE Bytes interleave_low(Bytes a, Bytes b) { return _mm512_unpacklo_epi8(a, b); }
+    static REQUANT_INLINE Bytes interleave_high(Bytes a, Bytes b) { return _mm512_unpackhi_epi8(a, b); }
+    // words 8 r + i of a table are the entries of row r
+    static REQUANT_INLINE void lookup_words(Bytes table, Bytes code, Bytes& even, Bytes& odd) {
+        const __m512i row = _mm512_set_epi64(0x1818181818181818, 0x1818181818181818, 0x1010101010101010,
+                                             0x1010101010101010, 0x0808080808080808, 0x0808080808080808, 0, 0);
+        const __m512i at = _mm512_or_si512(code, row);  // of a word, the lower byte
+        even = _mm512_permutexvar_epi16(at, table);
+        odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(at, 8), table);
+    }
+    static REQUANT_INLINE Ints dot_words(Ints sum, Bytes weight, Bytes x) { return _mm512_dpwssd_epi32(sum, weight, x); }
+    static REQUANT_INLINE void join(Bytes& upper, Bytes& lower) {
+        const __m512i bit = _mm512_and_si512(_mm512_slli_epi16(upper, 7), _mm512_set1_epi8(-128));
+        const __m512i rest = _mm512_and_si512(_mm512_srli_epi16(upper, 1), _mm512_set1_epi8(63));
+        lower = _mm512_or_si512(lower, bit);
+        upper = _mm512_sub_epi8(rest, _mm512_set1_epi8(32));
+    }
 
     static REQUANT_INLINE Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
     static REQUANT_INLINE Floats splat(float v) { return _mm512_set1_ps(v); }
@@ -76,14 +95,19 @@ struct Avx512 {
                                           float* out) {
         __m512 sum = _mm512_setzero_ps();
         for (int32_t e = 0; e < count; e += STEP) {
-            const __m512i at =
-                sizeof(Index) == 2
-                    ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + e)))
-                    : _mm512_loadu_si512(columns + e);
+            __m512 inputs = _mm512_castps128_ps512(four(columns + e, x));
+            inputs = _mm512_insertf32x4(inputs, four(columns + e + 4, x), 1);
+            inputs = _mm512_insertf32x4(inputs, four(columns + e + 8, x), 2);
+            inputs = _mm512_insertf32x4(inputs, four(columns + e + 12, x), 3);
             const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + e)));
-            sum = _mm512_fmadd_ps(_mm512_i32gather_ps(at, x, 4), value, sum);
+            sum = _mm512_fmadd_ps(inputs, value, sum);
         }
         _mm512_storeu_ps(out, sum);
+    }
+    // a gather takes longer than single loads, many times as long with a microcode against Downfall
+    template <class Index>
+    static REQUANT_INLINE __m128 four(const Index* at, const float* x) {
+        return _mm_set_ps(x[at[3]], x[at[2]], x[at[1]], x[at[0]]);
     }
 
     static constexpr int lanes = 16;
@@ -107,6 +131,8 @@ struct Avx512 {
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(x));
     }
+    static constexpr int chains = 4;
+    static REQUANT_INLINE Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
     static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
         const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(less)));
         _mm512_storeu_ps(to, _mm512_fmadd_ps(total, _mm512_set1_ps(factor), _mm512_loadu_ps(to)));

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -73,7 +74,7 @@ struct Header {
     int64_t rows, columns, group_size, block_out, block_in;
     // offsets; 0 for what a weight does not have
     int64_t codes, scales, zeros, units, signs_in, signs_out;
-    int64_t windows, begins, lanes, sparse_columns, sparse_values;
+    int64_t windows, slices;
 };
 
 constexpr uint64_t MAGIC = 0x31746e6175716572;  // "requant1"
@@ -91,8 +92,7 @@ const T* section(const Header& header, int64_t offset) {
 }
 
 Sparse sparse_of(const Header& h) {
-    return {section<int32_t>(h, h.windows),    section<int32_t>(h, h.begins), section<uint8_t>(h, h.lanes),
-            section<void>(h, h.sparse_columns), h.wide != 0,                   section<uint16_t>(h, h.sparse_values)};
+    return {section<int32_t>(h, h.windows), section<uint8_t>(h, h.slices), h.wide != 0};
 }
 
 Weights weights_of(const Header& h) {
@@ -128,10 +128,10 @@ struct Slices {
         int32_t length, first;  // of its elements, in the checkpoint's order
         uint8_t row;            // in its window
     };
-    std::vector<int32_t> windows{0}, begins{0};
-    std::vector<Lane> lanes;  // 16 a slice
+    std::vector<int32_t> windows{0};  // units before a window
+    std::vector<Lane> lanes;          // 16 a slice, the longest first
 
-    Slices(int64_t rows, const int32_t* indptr) {
+    Slices(int64_t rows, const int32_t* indptr, bool wide) {
         for (int64_t begin = 0; begin < rows; begin += WINDOW) {
             const int64_t end = std::min(begin + WINDOW, rows);
             std::vector<Lane> best = cut(indptr, begin, end, INT32_MAX);
@@ -140,10 +140,12 @@ struct Slices {
                 std::vector<Lane> now = cut(indptr, begin, end, int32_t(std::max<int64_t>(1, times_mean)));
                 if (cost(now) < cost(best)) best.swap(now);
             }
-            for (size_t i = 0; i < best.size(); i += STEP) begins.push_back(begins.back() + STEP * best[i].length);
-            best.resize((best.size() + STEP - 1) / STEP * STEP, Lane{});
+            // lanes that add nothing, to different rows: additions to one wait for each other
+            while (best.size() % STEP) best.push_back({0, 0, uint8_t(best.size() % STEP)});
+            int64_t units = windows.back();
+            for (size_t i = 0; i < best.size(); i += STEP) units += slice_units(best[i].length, wide);
             lanes.insert(lanes.end(), best.begin(), best.end());
-            windows.push_back(int32_t(begins.size() - 1));
+            windows.push_back(int32_t(units));
         }
     }
 
@@ -196,38 +198,38 @@ void copy(T* to, const T* from, int64_t count) {
     if (to && count) std::memcpy(to, from, size_t(count) * sizeof(T));
 }
 
-template <class T>
-void pack_vector(Packer& packer, int64_t& offset, const std::vector<T>& from) {
-    copy(packer.room<T>(offset, int64_t(from.size())), from.data(), int64_t(from.size()));
-}
-
 template <class Index>
-void pack_elements(Packer& packer, Header& h, const Slices& slices, const Index* indices, const uint16_t* values) {
-    Index* columns = packer.room<Index>(h.sparse_columns, slices.begins.back());
-    uint16_t* to_values = packer.room<uint16_t>(h.sparse_values, slices.begins.back());
-    for (size_t i = 0; to_values && i < slices.lanes.size(); ++i) {
-        const Slices::Lane& lane = slices.lanes[i];
-        int64_t to = slices.begins[i / STEP] + int64_t(i % STEP);
-        for (int32_t e = lane.first; e < lane.first + lane.length; ++e, to += STEP) {
-            columns[to] = indices[e];
-            to_values[to] = values[e];
+void pack_slices(const Slices& slices, const Index* indices, const uint16_t* values, uint8_t* to) {
+    for (size_t i = 0; i < slices.lanes.size(); i += STEP) {
+        const Slices::Lane* lanes = &slices.lanes[i];
+        SliceHead& head = *reinterpret_cast<SliceHead*>(to);
+        head.length = lanes[0].length;
+        Index* columns = reinterpret_cast<Index*>(to + sizeof head);
+        uint16_t* to_values = reinterpret_cast<uint16_t*>(columns + STEP * head.length);
+        for (int l = 0; l < STEP; ++l) {
+            head.rows[l] = lanes[l].row;
+            for (int32_t k = 0; k < lanes[l].length; ++k) {
+                columns[STEP * k + l] = indices[lanes[l].first + k];
+                to_values[STEP * k + l] = values[lanes[l].first + k];
+            }
         }
+        to += SLICE_UNIT * slice_units(head.length, sizeof(Index) == 4);
     }
 }
 
 void pack_sparse(Packer& packer, Header& h, int64_t rows, const int32_t* indptr, const void* indices, bool wide,
                  const uint16_t* values) {
     if (!indptr || indptr[rows] == 0) return;
-    const Slices slices(rows, indptr);
-    pack_vector(packer, h.windows, slices.windows);
-    pack_vector(packer, h.begins, slices.begins);
-    uint8_t* lanes = packer.room<uint8_t>(h.lanes, int64_t(slices.lanes.size()));
-    for (size_t i = 0; lanes && i < slices.lanes.size(); ++i) lanes[i] = slices.lanes[i].row;
+    const Slices slices(rows, indptr, wide);
     h.wide = wide;
+    copy(packer.room<int32_t>(h.windows, int64_t(slices.windows.size())), slices.windows.data(),
+         int64_t(slices.windows.size()));
+    uint8_t* to = packer.room<uint8_t>(h.slices, SLICE_UNIT * slices.windows.back());
+    if (!to) return;
     if (wide)
-        pack_elements(packer, h, slices, static_cast<const int32_t*>(indices), values);
+        pack_slices(slices, static_cast<const int32_t*>(indices), values, to);
     else
-        pack_elements(packer, h, slices, static_cast<const uint16_t*>(indices), values);
+        pack_slices(slices, static_cast<const uint16_t*>(indices), values, to);
 }
 
 // The code of a column in a row's bit stream of `bytes` bytes.
@@ -355,7 +357,7 @@ void integer_linear(const Weights& w, const float* x, int64_t batch, int planes,
     float* scales = buffer<float>(1, cells);
     float* sums = buffer<float>(2, cells * w.parts());
     int8_t* bytes = buffer<int8_t>(0, cells * planes * CHUNK);
-    isa.quantize(x, batch, w.columns, planes, isa.takes_words(w.kind, w.bits, planes), w.parts(), bytes, scales, sums);
+    isa.quantize(x, batch, w.columns, planes, isa.order(w.kind, w.bits, planes), w.parts(), bytes, scales, sums);
     const Activations in{batch, planes, w.parts(), bytes, scales, sums, x};
     const int threads = thread_count(w.rows * w.columns * batch, windows);
     float* scratch = buffer<float>(3, threads * batch * WINDOW);
@@ -559,17 +561,12 @@ REQUANT_API int64_t requant_fused_batch(const void* packed, int64_t packed_bytes
     return fused_batch[planes > 2 ? 3 : h->kind];
 }
 
-// Reads `bytes` (a multiple of 64) with `threads` threads and returns a checksum: the yardstick of the
-// benchmark for what memory delivers.
-REQUANT_API uint64_t requant_read(const uint64_t* data, int64_t bytes, int threads) {
-    const int64_t words = bytes / 8;
-    uint64_t total = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
-    for (int64_t i = 0; i < words; i += 8) {
-        __builtin_prefetch(data + i + 256);
-        uint64_t line = 0;
-        for (int j = 0; j < 8; ++j) line += data[i + j];
-        total += line;
-    }
+// Reads `bytes` (a multiple of 256) with `threads` threads and returns a checksum: the yardstick of the benchmark for
+// what memory delivers.
+REQUANT_API uint64_t requant_read(const uint8_t* data, int64_t bytes, int threads) {
+    std::atomic<uint64_t> total{0};
+    share(threads, bytes / 256, [&](int64_t begin, int64_t end, int) {
+        total ^= tier().read(data + begin * 256, (end - begin) * 256);
+    });
     return total;
 }

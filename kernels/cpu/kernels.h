@@ -37,21 +37,32 @@ constexpr int64_t MAX_BATCH = 16;    // activations that are multiplied together
 
 enum Kind : int { UNIFORM = 0, LUT = 1, TRELLIS = 2 };
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
+// How integers of activations lie: byte by byte; as words of 16 bits; as words, of every step of 16 columns those with
+// even numbers first.
+enum Order : int { BYTES = 0, WORDS = 1, EVEN_FIRST = 2 };
 
 constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 constexpr int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 constexpr int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
 constexpr int64_t tile_chunk_bytes(int bits) { return TILE_ROWS * CHUNK * bits / 8; }
 
-// The sparse part, window by window. The elements of a row are cut into runs, which are the lanes of slices: element k
-// of lane l of a slice stands at its `begin` + 16 k + l; shorter lanes are padded with column 0 and value 0.
+// The sparse part, window by window. The elements of a row are cut into runs, which are the 16 lanes of slices. A slice is
+// the length of its longest lane and the lanes' rows in the window (SliceHead), then the columns (uint16 or int32), then
+// the values (float16), element k of lane l at 16 k + l; shorter lanes are padded with column 0 and value 0. So what a
+// window needs is one run of memory, which can be asked for in time.
+struct SliceHead {
+    int32_t length, unused[3];
+    uint8_t rows[STEP];
+};
+
+constexpr int64_t SLICE_UNIT = 32;  // bytes; every slice is a multiple
+static_assert(sizeof(SliceHead) == SLICE_UNIT, "");
+constexpr int64_t slice_units(int64_t length, bool wide) { return 1 + STEP * length * (wide ? 6 : 4) / SLICE_UNIT; }
+
 struct Sparse {
-    const int32_t* windows;  // [windows + 1] slices before a window; null without a sparse part
-    const int32_t* begins;   // [slices + 1] elements before a slice
-    const uint8_t* rows;     // [slices, 16] row of a lane in its window
-    const void* columns;     // uint16 or int32
-    bool wide;
-    const uint16_t* values;  // float16
+    const int32_t* windows;  // [windows + 1] units before those of a window; null without a sparse part
+    const uint8_t* slices;
+    bool wide;               // columns are int32
 };
 
 struct Weights {
@@ -77,8 +88,8 @@ struct Weights {
     int parts() const { return group_size % CHUNK ? 2 : 1; }
 };
 
-// Activations as integers of `planes` bytes, chunk by chunk, most significant byte first; or as words, where the tier
-// wants them. x = scale * integer.
+// Activations as integers of `planes` bytes, chunk by chunk, most significant byte first; or as words, in the order that
+// the tier wants. x = scale * integer.
 struct Activations {
     int64_t batch;
     int planes;
@@ -126,10 +137,10 @@ struct TrellisActivations {
 struct Tier {
     const char* name;
     // bytes, scales and sums of an Activations from its x
-    void (*quantize)(const float* x, int64_t batch, int64_t columns, int planes, bool words, int parts, int8_t* bytes,
+    void (*quantize)(const float* x, int64_t batch, int64_t columns, int planes, Order order, int parts, int8_t* bytes,
                      float* scales, float* sums);
-    // whether `linear` takes such a weight's activations as words
-    bool (*takes_words)(int kind, int bits, int planes);
+    // how `linear` takes the activations of such a weight
+    Order (*order)(int kind, int bits, int planes);
     // y[m, n] for the rows n of the windows begin ... end - 1 and all m; sums: batch * WINDOW floats of scratch
     void (*linear)(const Weights&, const Activations&, int64_t begin, int64_t end, int dtype, void* y, float* sums);
     // out[i - first] = row ids[i] (or row i, without ids) for i in [begin, end); line: columns floats of scratch
@@ -152,6 +163,9 @@ struct Tier {
                            float* sums);
     // out [.., columns]: rotated weights of the row blocks begin ... end - 1, from block `begin` on
     void (*trellis_dequantize)(const Trellis&, int64_t begin, int64_t end, float* out, int64_t stride);
+
+    // a checksum of `bytes` bytes, a multiple of 256, as fast as they can be loaded
+    uint64_t (*read)(const uint8_t* data, int64_t bytes);
 };
 
 extern const Tier SCALAR_TIER;

@@ -15,6 +15,7 @@ struct Scalar {
     static constexpr int rows = 1;
     static constexpr bool splits_bytes = false;
     static constexpr bool words = false;
+    static constexpr int word_lookup_bits = 0;
     typedef uint8_t Bytes __attribute__((vector_size(16)));
     typedef uint16_t Shorts __attribute__((vector_size(16)));
     typedef int32_t Ints __attribute__((vector_size(16)));
@@ -101,6 +102,8 @@ struct Scalar {
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return sum + ((pairs & 0xffffu) + (pairs >> 16)) * uint32_t(int16_t(x));
     }
+    static constexpr int chains = 1;
+    static REQUANT_INLINE Lanes plus(Lanes a, Lanes b) { return a + b; }
     static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
         for (int i = 0; i < lanes; ++i) to[i] += float(int32_t(sum[i] - uint32_t(less))) * factor;
     }

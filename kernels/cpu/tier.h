@@ -11,10 +11,13 @@
 //   load, repeat, widen, lookup     codes; 16 bytes of activations for every row; 8 bytes a row to 16-bit lanes; entries
 //   Dot<MAX>                        sums of the products of a block's weights up to MAX and activations
 //   splits_bytes                    whether weights of 8 bits have to come as two of 4
-//   words                           whether weights of more than 4 bits and activations of two bytes are multiplied as
-//                                   words of 16 bits; then interleave_low, interleave_high: the first or last 8 bytes of
-//                                   every row of two vectors by turns; dot_words: a sum plus the products of words;
-//                                   join: bytes of 7 bits, upper and lower, to those of a word less 2^13
+//   words                           whether entries of tables, and weights whose bytes would be split, are multiplied
+//                                   with activations of two bytes as words of 16 bits; then interleave_low,
+//                                   interleave_high: the first or last 8 bytes of every row of two vectors by turns;
+//                                   dot_words: a sum plus the products of words; join: bytes of 7 bits, upper and lower,
+//                                   to those of a word less 2^13
+//   word_lookup_bits                codes of up to so many bits are looked up as words; then lookup_words, in tables of 8
+//                                   words a row: for the even and for the odd columns
 //   floats, splat                   of Ints; of a number
 //   Tile, tile_halves, tile_bytes   16 floats, one a row, from float16 or bytes; default: zeros
 //   tile_mul, tile_fma, tile_store  with a float; with two tiles; to 16 floats
@@ -117,9 +120,9 @@ struct Steps {
 };
 
 // The chunk's values against the largest of them, in `planes` bytes; the most significant ends at 127, so that no
-// byte leaves [-128, 127]; or, if there are two, as words.
+// byte leaves [-128, 127]; or, if there are two, as words in `order`.
 template <class S>
-void quantize(const float* x, int64_t batch, int64_t columns, int planes, bool words, int parts, int8_t* bytes,
+void quantize(const float* x, int64_t batch, int64_t columns, int planes, Order order, int parts, int8_t* bytes,
               float* scales, float* sums) {
     const int64_t chunks = chunks_of(columns);
     const float top = planes == 1 ? 127.0f : planes == 2 ? 127.0f * 256 : 127.0f * 65536;
@@ -140,9 +143,12 @@ void quantize(const float* x, int64_t batch, int64_t columns, int planes, bool w
                 for (int64_t i = part * CHUNK / parts; i < (part + 1) * CHUNK / parts; ++i) total -= whole[i];
                 sums[here * parts + part] = float(total);
             }
-            if (words) {
+            if (order != BYTES) {
                 int16_t narrow[CHUNK];
-                for (int64_t i = 0; i < CHUNK; ++i) narrow[i] = int16_t(whole[i]);
+                for (int64_t i = 0; i < CHUNK; ++i) {
+                    const int64_t within = order == WORDS ? i % STEP : i % 2 * (STEP / 2) + i % STEP / 2;
+                    narrow[i / STEP * STEP + within] = int16_t(whole[i]);
+                }
                 __builtin_memcpy(bytes + here * sizeof narrow, narrow, sizeof narrow);
                 continue;
             }
@@ -220,15 +226,18 @@ constexpr float table_middle(int depth) {
 }
 
 template <class S>
-constexpr bool takes_words(int kind, int bits, int planes) {
-    return S::words && planes == 2 && (kind == LUT || bits == 8);
+constexpr Order order_of(int kind, int bits, int planes) {
+    if (!S::words || planes != 2) return BYTES;
+    if (kind == LUT) return bits <= S::word_lookup_bits ? EVEN_FIRST : WORDS;
+    return bits == 8 && S::splits_bytes ? WORDS : BYTES;
 }
 
 // What a weight is made of: bytes whose sum, each times its factor, is the integer that is multiplied; or one word, the
-// first and the last 8 of a step's 16 columns apart.
+// halves of a step's 16 columns apart.
 template <class S, int KIND, int BITS, int DEPTH, int P>
 struct Form {
-    static constexpr bool words = takes_words<S>(KIND, BITS, P);
+    static constexpr Order order = order_of<S>(KIND, BITS, P);
+    static constexpr bool words = order != BYTES;
     static constexpr bool split = KIND == UNIFORM && BITS == 8 && S::splits_bytes && !words;
     static constexpr int count = KIND == LUT ? DEPTH : split || words ? 2 : 1;
     static constexpr int most = KIND == LUT ? 127 : BITS == 8 && !split ? 255 : 15;
@@ -241,7 +250,9 @@ template <class S, class Made, int KIND, int BITS, int C>
 REQUANT_INLINE void weight_step(const Block<S, BITS, S::rows>& codes, const typename S::Bytes* table,
                                 typename S::Bytes (*out)[STEPS]) {
     const typename S::Bytes code = codes.template step<C>();
-    if constexpr (Made::words) {
+    if constexpr (Made::order == EVEN_FIRST) {
+        S::lookup_words(table[0], code, out[0][C], out[1][C]);
+    } else if constexpr (Made::words) {
         const typename S::Bytes low = KIND == LUT ? S::lookup(table[1], code) : code;
         const typename S::Bytes high = KIND == LUT ? S::lookup(table[0], code) : S::splat_byte(0);
         out[0][C] = S::interleave_low(low, high);
@@ -354,27 +365,74 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
     }
 }
 
+template <class Index>
+struct Slice {
+    const uint8_t* at;
+    const SliceHead& head() const { return *reinterpret_cast<const SliceHead*>(at); }
+    int32_t elements() const { return STEP * head().length; }
+    const Index* columns() const { return reinterpret_cast<const Index*>(at + sizeof(SliceHead)); }
+    const uint16_t* values() const { return reinterpret_cast<const uint16_t*>(columns() + elements()); }
+    Slice next() const { return {reinterpret_cast<const uint8_t*>(values() + elements())}; }
+};
+
+inline const uint8_t* slices_of(const Sparse& sparse, int64_t window) {
+    return sparse.slices + sparse.windows[window] * SLICE_UNIT;
+}
+
+// The share of a tile in the slices of its window: those that begin in `begin` ... `end`.
+struct Part {
+    int64_t window;
+    const uint8_t *begin, *end;
+    Part(const Sparse& sparse, int64_t window, int64_t part, int64_t parts) : window(window) {
+        const int64_t units = sparse.windows[window + 1] - sparse.windows[window];
+        begin = slices_of(sparse, window) + units * part / parts * SLICE_UNIT;
+        end = slices_of(sparse, window) + units * (part + 1) / parts * SLICE_UNIT;
+    }
+    static Part of_tile(const Sparse& sparse, int64_t tile, int64_t tiles) {
+        constexpr int64_t TILES = WINDOW / TILE_ROWS;
+        const int64_t first = tile / TILES * TILES;
+        return Part(sparse, tile / TILES, tile - first, tiles - first < TILES ? tiles - first : TILES);
+    }
+    template <class Index>
+    Slice<Index> first(const Sparse& sparse) const {
+        Slice<Index> slice{slices_of(sparse, window)};
+        while (slice.at < begin) slice = slice.next();
+        return slice;
+    }
+};
+
+// Asks for what sparse_part will read, too little at a time for the processor to see it coming. Always inline: a function
+// that does nothing else has no effect as GCC sees it, and would not be called.
+REQUANT_INLINE void fetch_slices(const Sparse& sparse, const Part& part) {
+    for (const uint8_t* at = part.begin; at < part.end; at += 64) __builtin_prefetch(at);
+    __builtin_prefetch(sparse.windows + part.window + 16);
+}
+
 template <class S, class Index>
-REQUANT_INLINE void sparse_slices(const Sparse& sparse, int64_t window, const float* x, int64_t batch,
+REQUANT_INLINE void sparse_slices(const Sparse& sparse, const Part& part, const float* x, int64_t batch,
                                   int64_t columns, float* sums, int64_t stride) {
-    const Index* at = static_cast<const Index*>(sparse.columns);
-    for (int64_t m = 0; m < batch; ++m)
-        for (int32_t slice = sparse.windows[window]; slice < sparse.windows[window + 1]; ++slice) {
+    for (Slice<Index> slice = part.first<Index>(sparse); slice.at < part.end; slice = slice.next())
+        for (int64_t m = 0; m < batch; ++m) {
             float lanes[STEP];
-            S::sparse_dot(at + sparse.begins[slice], sparse.values + sparse.begins[slice],
-                          sparse.begins[slice + 1] - sparse.begins[slice], x + m * columns, lanes);
-            const uint8_t* rows = sparse.rows + slice * int64_t(STEP);
+            S::sparse_dot(slice.columns(), slice.values(), slice.elements(), x + m * columns, lanes);
+            const uint8_t* rows = slice.head().rows;
             for (int l = 0; l < STEP; ++l) sums[m * stride + rows[l]] += lanes[l];
         }
 }
 
 template <class S>
+void sparse_part(const Sparse& sparse, const Part& part, const float* x, int64_t batch, int64_t columns, float* sums,
+                 int64_t stride) {
+    if (sparse.wide)
+        sparse_slices<S, int32_t>(sparse, part, x, batch, columns, sums, stride);
+    else
+        sparse_slices<S, uint16_t>(sparse, part, x, batch, columns, sums, stride);
+}
+
+template <class S>
 void sparse_window(const Sparse& sparse, int64_t window, const float* x, int64_t batch, int64_t columns, float* sums,
                    int64_t stride) {
-    if (sparse.wide)
-        sparse_slices<S, int32_t>(sparse, window, x, batch, columns, sums, stride);
-    else
-        sparse_slices<S, uint16_t>(sparse, window, x, batch, columns, sums, stride);
+    sparse_part<S>(sparse, Part(sparse, window, 0, 1), x, batch, columns, sums, stride);
 }
 
 // What the middle of the tables' range takes off the products with a row of activations.
@@ -391,18 +449,28 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
     using Made = Form<S, KIND, BITS, DEPTH, P>;
     constexpr int COUNT = TILE_ROWS / S::rows;
     const int64_t chunks = w.chunks(), tiles = w.tiles(), batch = M ? M : in.batch;
+    const int64_t last_tile = end * (WINDOW / TILE_ROWS), end_tile = last_tile < tiles ? last_tile : tiles;
     float offsets[MAX_BATCH];
     for (int64_t m = 0; m < batch; ++m) offsets[m] = KIND == LUT ? table_offset<S, Made>(in, chunks, m) : 0.0f;
     for (int64_t window = begin; window < end; ++window) {
+        __builtin_memset(out, 0, size_t(batch) * WINDOW * sizeof(float));
         const int64_t first = window * (WINDOW / TILE_ROWS);
         const int64_t last = first + WINDOW / TILE_ROWS < tiles ? first + WINDOW / TILE_ROWS : tiles;
         for (int64_t tile = first; tile < last; ++tile) {
+            // A part of the residual with every tile, so that the stream of codes never rests for long; and before the
+            // dense part, so that single additions have left the processor when vectors of them are read.
+            if (w.sparse.windows) {
+                sparse_part<S>(w.sparse, Part::of_tile(w.sparse, tile, tiles), in.x, batch, w.columns, out, WINDOW);
+                if (tile + 2 < end_tile) fetch_slices(w.sparse, Part::of_tile(w.sparse, tile + 2, tiles));
+            }
             typename S::Bytes tables[COUNT][PLANES];
             if constexpr (KIND == LUT)
                 for (int n = 0; n < COUNT; ++n) {
                     for (int d = 0; d < DEPTH; ++d)
                         tables[n][d] = S::load(w.zeros + ((tile * PLANES + d) * TILE_ROWS + n * S::rows) * ENTRIES);
                     if constexpr (Made::words) S::join(tables[n][0], tables[n][1]);
+                    if constexpr (Made::order == EVEN_FIRST)
+                        tables[n][0] = S::interleave_low(tables[n][1], tables[n][0]);
                 }
             Sums<S> sums;
             for (int64_t n = 0; n < COUNT * batch; ++n) sums.products[n] = typename S::Floats{};
@@ -415,12 +483,12 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
                 for (int n = 0; n < COUNT; ++n) S::totals(sums.products[n * batch + m], totals + n * S::rows);
                 float* to = out + m * WINDOW + (tile - first) * TILE_ROWS;
                 for (int r = 0; r < TILE_ROWS; ++r) {
-                    to[r] = totals[r] + rows[r];
-                    if constexpr (KIND == LUT) to[r] *= w.units[tile * TILE_ROWS + r] * table_unit(DEPTH);
+                    float dense = totals[r] + rows[r];
+                    if constexpr (KIND == LUT) dense *= w.units[tile * TILE_ROWS + r] * table_unit(DEPTH);
+                    to[r] += dense;
                 }
             }
         }
-        if (w.sparse.windows) sparse_window<S>(w.sparse, window, in.x, batch, w.columns, out, WINDOW);
         const int64_t rows = w.rows - window * WINDOW < WINDOW ? w.rows - window * WINDOW : WINDOW;
         store_rows<S>(w.rows, window * WINDOW, rows, batch, out, WINDOW, dtype, y);
     }
@@ -485,14 +553,13 @@ void dequantize_row(const Weights& w, int64_t row, float* out) {
 
 template <class S, class Index>
 void add_sparse(const Sparse& sparse, int64_t row, float* out) {
-    const Index* columns = static_cast<const Index*>(sparse.columns);
-    const int64_t window = row / WINDOW, within = row % WINDOW;
-    for (int32_t slice = sparse.windows[window]; slice < sparse.windows[window + 1]; ++slice)
+    const uint8_t* end = slices_of(sparse, row / WINDOW + 1);
+    for (Slice<Index> slice{slices_of(sparse, row / WINDOW)}; slice.at < end; slice = slice.next())
         for (int l = 0; l < STEP; ++l) {
-            if (sparse.rows[slice * int64_t(STEP) + l] != within) continue;
+            if (slice.head().rows[l] != row % WINDOW) continue;
             // padding adds 0 to column 0
-            for (int32_t e = sparse.begins[slice] + l; e < sparse.begins[slice + 1]; e += STEP)
-                out[columns[e]] += S::half_to_float(sparse.values[e]);
+            for (int32_t e = l; e < slice.elements(); e += STEP)
+                out[slice.columns()[e]] += S::half_to_float(slice.values()[e]);
         }
 }
 
@@ -512,6 +579,24 @@ void dequantize_rows(const Weights& w, const int64_t* ids, int64_t first, int64_
         }
         if (dtype != F32) narrow<S>(dtype, to, static_cast<uint16_t*>(out) + at, w.columns);
     }
+}
+
+// ---- the yardstick -----------------------------------------------------------------------------------------
+
+template <class S>
+uint64_t read(const uint8_t* data, int64_t bytes) {
+    constexpr int64_t SIZE = sizeof(typename S::Bytes);
+    typename S::Bytes sums[256 / SIZE] = {};
+    for (int64_t at = 0; at < bytes; at += 256)
+        REQUANT_UNROLL(16)
+        for (int64_t i = 0; i < 256 / SIZE; ++i) {
+            if (i * SIZE % 64 == 0) __builtin_prefetch(data + at + AHEAD + i * SIZE);
+            sums[i] ^= S::load(data + at + i * SIZE);
+        }
+    uint64_t words[32], total = 0;
+    __builtin_memcpy(words, sums, sizeof words);
+    for (uint64_t word : words) total ^= word;
+    return total;
 }
 
 // ---- dispatch; kind, bits and planes were checked by the caller --------------------------------------------

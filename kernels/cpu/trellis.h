@@ -13,6 +13,7 @@
 //   hashed(windows, mask)  their L bits times 0x83DCD12D: the byte sum, less 510, is the value of a state
 //   byte_pairs(words)   two sums of two bytes a lane
 //   dot(sum, pairs, x)  sum + both of them times x, which comes twice, as two 16-bit integers
+//   chains, plus        sums that should grow side by side, since the next addition to one waits; of two of them
 //   add_scaled(to, sum, less, factor)  to[i] += (sum[i] - less) * factor
 #pragma once
 
@@ -84,10 +85,13 @@ REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int
                                   const int32_t* x_sums, const float* x_scales, float scale, float* to,
                                   int64_t stride) {
     constexpr int VECTORS = WIDTH / S::lanes, STRINGS = COLUMNS < 4 ? 4 / COLUMNS : 1;
-    typename S::Lanes sums[M][W][VECTORS];
-    for (int m = 0; m < M; ++m)
-        for (int w = 0; w < W; ++w)
-            for (int v = 0; v < VECTORS; ++v) sums[m][w][v] = typename S::Lanes{};
+    constexpr int CHAINS = M * W < S::chains ? S::chains / (M * W) : 1;
+    static_assert(STRINGS * COLUMNS % CHAINS == 0, "every chain takes its turn");
+    typename S::Lanes sums[CHAINS][M][W][VECTORS];
+    for (int chain = 0; chain < CHAINS; ++chain)
+        for (int m = 0; m < M; ++m)
+            for (int w = 0; w < W; ++w)
+                for (int v = 0; v < VECTORS; ++v) sums[chain][m][w][v] = typename S::Lanes{};
     for (int64_t first = 0; first < block; first += STRINGS * COLUMNS, codes += STRINGS * trellis_stride(K))
         REQUANT_UNROLL(8)
         for (int i = 0; i < STRINGS * COLUMNS; ++i) {
@@ -99,14 +103,18 @@ REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int
                 for (int m = 0; m < M; ++m)
                     REQUANT_UNROLL(2)
                     for (int w = 0; w < W; ++w)
-                        sums[m][w][v] = S::dot(sums[m][w][v], pairs, x[(m * W + w) * block + first + i]);
+                        sums[i % CHAINS][m][w][v] =
+                            S::dot(sums[i % CHAINS][m][w][v], pairs, x[(m * W + w) * block + first + i]);
             }
         }
     for (int m = 0; m < M; ++m)
         for (int w = 0; w < W; ++w) {
             const float factor = scale * x_scales[m] * (w + 1 < W ? 32768.0f : 1.0f);
-            for (int v = 0; v < VECTORS; ++v)
-                S::add_scaled(to + m * stride + v * S::lanes, sums[m][w][v], x_sums[m * W + w], factor);
+            for (int v = 0; v < VECTORS; ++v) {
+                typename S::Lanes sum = sums[0][m][w][v];
+                for (int chain = 1; chain < CHAINS; ++chain) sum = S::plus(sum, sums[chain][m][w][v]);
+                S::add_scaled(to + m * stride + v * S::lanes, sum, x_sums[m * W + w], factor);
+            }
         }
 }
 
@@ -171,6 +179,8 @@ void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begi
     for (int64_t u = begin; u < end; ++u) {
         const int64_t first = u * unit, rows = w.rows - first < unit ? w.rows - first : unit;
         const int64_t from = first / w.block_out, to = (first + rows) / w.block_out;
+        for (int64_t row = 0; w.sparse.windows && row < rows; row += WINDOW)
+            fetch_slices(w.sparse, Part(w.sparse, (first + row) / WINDOW, 0, 1));
         switch (w.bits) {
             case 1: trellis_words<S, 1>(w, in, from, to, sums, unit); break;
             case 2: trellis_words<S, 2>(w, in, from, to, sums, unit); break;
@@ -224,7 +234,7 @@ template <class S>
 constexpr Tier make_tier(const char* name) {
     return Tier{name,
                 &quantize<S>,
-                &takes_words<S>,
+                &order_of<S>,
                 &linear<S>,
                 &dequantize<S>,
                 &widen<S>,
@@ -233,7 +243,8 @@ constexpr Tier make_tier(const char* name) {
                 &rotate<S, true>,
                 &quantize_words<S>,
                 &trellis_linear<S>,
-                &trellis_dequantize<S>};
+                &trellis_dequantize<S>,
+                &read<S>};
 }
 
 }  // namespace
