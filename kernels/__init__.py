@@ -1,8 +1,8 @@
 """y = x · (dense + sparse)ᵀ on low-bit weights: repack once for a device, then multiply or look rows up.
 
 Tensors are validated by whoever loads them (:mod:`vllm_requant.format`); the kernels check no more than what
-keeps them from reading outside a tensor. Importing this package loads no native code; the first call on the
-CPU does.
+keeps them from reading outside a tensor. Importing this package loads no native code and compiles none; the first
+call on a device does.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, gpu
 from .bitstream import unpack_codes
 from .native import NativeCodeError
 from .ops import planes_for
@@ -56,10 +56,10 @@ def repack(
 
     Returns:
         Contiguous tensors that share no memory with the input. On the CPU one, ``packed``: uint8, a header and what
-        the kernels read (cpu/kernels.h). On other devices the canonical tensors under their own names, which depend
-        on ``kind`` alone: without a sparse part the sparse ones are empty. Signs become float32 with the factor of
-        the Hadamard transform, and uint16 ``sparse_indices`` the int16 of the same bits: torch computes little on
-        uint16.
+        the kernels read (cpu/kernels.h). On a CUDA device with kernels of its own those of gpu/weights.py. On other
+        devices the canonical tensors under their own names, which depend on ``kind`` alone: without a sparse part the
+        sparse ones are empty. Signs become float32 with the factor of the Hadamard transform, and uint16
+        ``sparse_indices`` the int16 of the same bits: torch computes little on uint16.
 
     Raises:
         ValueError: unknown kind, or a tensor is missing.
@@ -72,6 +72,9 @@ def repack(
     device = torch.device(device)
     if device.type == "cpu":
         return {"packed": _pack(kind, tensors, bits, group_size, state_bits, in_features)}
+    if gpu.path(device):
+        ends = (_scaled_signs("signs_in", tensors), _scaled_signs("signs_out", tensors)) if kind == "trellis" else None
+        return gpu.weights.repack(kind, tensors, ends, bits=bits, in_features=in_features, device=device)
 
     def copied(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
@@ -153,6 +156,12 @@ def linear(
     if "packed" in weights:
         planes = planes_for(x.dtype, activation_bits)
         return torch.ops.requant.packed_linear(x, weights["packed"], out_features, planes)  # type: ignore[no-any-return]
+    if "codes" in weights:
+        planes_for(x.dtype)
+        settings = (kind, bits, group_size, state_bits, x.shape[-1], out_features)
+        return torch.ops.requant.gpu_linear(  # type: ignore[no-any-return]
+            x, *(weights[name] for name in gpu.weights.NAMES), *settings
+        )
     tensors = [weights[name] for name in names]
     if kind == "uniform":
         return torch.ops.requant.uniform_linear(x, *tensors, bits, group_size)  # type: ignore[no-any-return]
@@ -194,6 +203,13 @@ def embedding(
         return torch.ops.requant.packed_embedding(  # type: ignore[no-any-return]
             ids, weights["packed"], in_features, dtype
         )
+    if "codes" in weights:
+        planes_for(dtype)
+        # nothing in it needs the number of rows
+        settings = (kind, bits, group_size, 0, in_features, 0, dtype)
+        return torch.ops.requant.gpu_embedding(  # type: ignore[no-any-return]
+            ids, *(weights[name] for name in gpu.weights.NAMES), *settings
+        )
     tensors = [weights[name] for name in names]
     if kind == "uniform":
         return torch.ops.requant.uniform_embedding(  # type: ignore[no-any-return]
@@ -203,11 +219,15 @@ def embedding(
 
 
 def kernel_path(kind: str, device: torch.device | str) -> str:
-    """Which implementation serves ``kind`` on ``device``, for logs and metrics, e.g. ``"cpu-avx512"``.
+    """Which implementation serves ``kind`` on ``device``, for logs and metrics.
+
+    ``"cpu-avx512"``, say; ``"cuda"`` is CUDA C++ (with Triton where weights are expanded), ``"triton"`` Triton alone,
+    ``"torch-reference"`` plain torch.
 
     Raises:
         ValueError: unknown kind.
         NativeCodeError: the native kernels are not built (CPU only).
     """
     _names(kind)
-    return f"cpu-{cpu.isa()}" if torch.device(device).type == "cpu" else "torch-reference"
+    device = torch.device(device)
+    return f"cpu-{cpu.isa()}" if device.type == "cpu" else gpu.path(device) or "torch-reference"

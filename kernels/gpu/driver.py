@@ -1,6 +1,7 @@
 """CUDA C++ compiled at run time: NVRTC, which every CUDA build of torch brings along, and the driver's launches.
 
-A compiled module stays on disk, in ``$REQUANT_CACHE`` or ``~/.cache/vllm-requant``, under the hash of what went into it.
+A compiled module stays on disk, in ``$REQUANT_CACHE`` or ``~/.cache/vllm-requant``, under the hash of what went into
+it.
 """
 
 import ctypes

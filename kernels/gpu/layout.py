@@ -2,9 +2,9 @@
 
 The ``uniform`` and ``lut`` kinds lie in tiles of 16 rows and 64 columns, missing ones being code 0. A warp reads a tile
 at once, lane ``l`` the codes of the rows ``l // 4`` and ``l // 4 + 8`` and of the columns ``16 f + 4 (l % 4) + i``,
-``f`` and ``i`` in 0 … 3. Neighbouring columns ``i`` and ``i + 1`` of a row make a *pair*; pair ``4 f + i + h`` of a lane,
-``i`` even, is of row half ``h``. That is how the tensor cores want a 16 × 16 operand, four of them a tile. A lane's 32
-codes fill ``bits`` words; the codes ``a`` and ``b`` of a pair lie there
+``f`` and ``i`` in 0 … 3. Neighbouring columns ``i`` and ``i + 1`` of a row make a *pair*; pair ``4 f + i + h`` of a
+lane, ``i`` even, is of row half ``h``. That is how the tensor cores want a 16 × 16 operand, four of them a tile. A
+lane's 32 codes fill ``bits`` words; the codes ``a`` and ``b`` of a pair lie there
 
 * ``uniform``, 2 and 4 bit: in 16/bits fields a word, ``a`` in the lower half and ``b`` at the same place in the upper;
 * ``uniform``, 3 bit: likewise, five fields a word; bits 15 and 31 of word ``j`` are bit ``j`` of the 16th pair;
@@ -15,9 +15,9 @@ codes fill ``bits`` words; the codes ``a`` and ``b`` of a pair lie there
 The words of the 32 lanes are stored so that a warp reads consecutive addresses with the widest loads there are: four
 words a lane, then the next four; or two; or two and then one.
 
-A ``trellis`` with 128 rows a string lies in steps of 8 columns. Lane ``l`` has of the columns ``l % 4`` and ``l % 4 + 4``
-the bits of the windows ``16 (l // 4)`` … ``+ 15``: at 2 and 4 bit as they are, at 3 bit first 32 bits of either, then
-16 bits of both in one word.
+A ``trellis`` with 128 rows a string lies in steps of 8 columns. Lane ``l`` has of the columns ``l % 4`` and
+``l % 4 + 4`` the bits of the windows ``16 (l // 4)`` … ``+ 15``: at 2 and 4 bit as they are, at 3 bit first 32 bits of
+either, then 16 bits of both in one word.
 """
 
 import torch
@@ -33,11 +33,17 @@ __all__ = [
     "residual_entries",
     "tile_codes",
     "tile_strings",
+    "tiles_of",
 ]
 
 ROWS, COLUMNS = 16, 64
 """Of a tile."""
 _CHUNK = 1 << 24  # codes that are repacked at once: some 300 MB of intermediate tensors
+
+
+def tiles_of(rows: int, columns: int) -> tuple[int, int]:
+    """Row tiles and column tiles of a weight."""
+    return -(-rows // ROWS), -(-columns // COLUMNS)
 
 
 def by_lanes(words: Tensor) -> Tensor:

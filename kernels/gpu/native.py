@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from .driver import Module
 from .weights import Weights, tiled
 
 __all__ = [
+    "MATVEC_VARIANTS",
     "MOST",
+    "MOST_TRELLIS",
     "Matvec",
     "TrellisVariant",
     "expand",
@@ -24,8 +26,8 @@ __all__ = [
     "trellis_variant",
 ]
 
-MOST = 64
-"""Activations that the fused kernels take."""
+MOST, MOST_TRELLIS = 64, 16
+"""Activations that the fused kernels take: where they are faster than expanded weights."""
 _SHARED = 200 << 10  # bytes of a multiprocessor's shared memory that blocks may take
 _RECORD = 144  # bytes of 64 columns of a rotated activation, see trellis.cu
 
@@ -85,23 +87,24 @@ class TrellisVariant(NamedTuple):
         return f"TRELLIS({', '.join(map(str, self))})"
 
 
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 class _MatvecArguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in "codes params zeros indptr entries x y partial locks".split()),
-        ("x_stride", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in "batch rows columns tiles groups".split()),
-        ("group_factor", ctypes.c_uint32),
+        *_fields(ctypes.c_void_p, "codes params zeros indptr entries x y partial locks"),
+        *_fields(ctypes.c_int64, "x_stride"),
+        *_fields(ctypes.c_int, "batch rows columns tiles groups"),
+        *_fields(ctypes.c_uint32, "group_factor"),
     )
 
 
 class _TrellisArguments(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in "codes scales signs_in signs_out indptr entries x y partial locks rotated".split()
-        ),
-        ("x_stride", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in "batch rows columns block_in".split()),
+        *_fields(ctypes.c_void_p, "codes scales signs_in signs_out indptr entries x y partial locks rotated"),
+        *_fields(ctypes.c_int64, "x_stride"),
+        *_fields(ctypes.c_int, "batch rows columns block_in"),
     )
 
 
@@ -113,19 +116,19 @@ def matvec_variant(w: Weights, batch: int) -> Matvec:
         variants = [Matvec(1, False, 1, 8, 4, 2)]
     else:
         n_tiles = 2 if batch <= 16 else 4 if batch <= 32 else 8
-        variants = [Matvec(n_tiles, False, 2, 8, 2, 1) if n_tiles < 8 else Matvec(8, False, 4, 2, 2, 1)]
+        variants = [Matvec(n_tiles, False, 2, 8 if n_tiles < 8 else 4, 2, 1)]
     chosen = variants[0]
     while chosen.shared(w, batch) * chosen.blocks > _SHARED and chosen.splits < 64:
         chosen = chosen._replace(splits=chosen.splits * 2)
     return chosen
 
 
-_MATVEC_VARIANTS = (
+MATVEC_VARIANTS = (
     Matvec(1, True, 1, 8, 4, 3),
     Matvec(1, False, 1, 8, 4, 2),
     Matvec(2, False, 2, 8, 2, 1),
     Matvec(4, False, 2, 8, 2, 1),
-    Matvec(8, False, 4, 2, 2, 1),
+    Matvec(8, False, 2, 4, 2, 1),
 )
 
 
@@ -229,7 +232,7 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
 def _matvec_module(w: Weights, x: Tensor, variant: Matvec | None) -> Module:
     return _compiled(
         "matvec",
-        _MATVEC_VARIANTS if variant is None else (variant,),
+        MATVEC_VARIANTS if variant is None else (variant,),
         w,
         x,
         LUT=int(w.lut),

@@ -121,7 +121,10 @@ def expand_rows(
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """``out[i] = dense + sparse`` of row ``ids[i]`` (GATHER) or ``first_row + i``; ROWS × (COLUMNS · STEPS) a program."""
+    """``out[i] = dense + sparse`` of row ``ids[i]`` (GATHER) or ``first_row + i``.
+
+    ROWS × (COLUMNS · STEPS) a program.
+    """
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = place < count
     row = tl.load(ids + place, mask=inside, other=0).to(tl.int32) if GATHER else first_row + place

@@ -56,6 +56,17 @@ class Weights(NamedTuple):
         """Whether a column of the residual takes more than 16 bits."""
         return self.sparse_entries.dtype == torch.int64
 
+    def fits(self) -> bool:
+        """Whether the tensors are those of so many features, as far as their shapes say."""
+        if self.kind == "trellis":
+            return (self.in_features, self.out_features) == (self.signs_in.numel(), self.signs_out.numel())
+        rows, columns = layout.tiles_of(self.out_features, self.in_features)
+        groups = 1 if self.lut else -(-self.in_features // self.group_size)
+        right = self.codes.shape == (rows, columns, 32 * self.bits) and self.params.shape[1] == (
+            1 << self.bits if self.lut else groups
+        )
+        return right and (not self.lut or self.params.shape[0] == self.out_features)
+
     @property
     def block_out(self) -> int:
         """Rows of a string of the ``trellis`` kind."""

@@ -290,7 +290,6 @@ DEVICE void matvec(const Arguments& in) {
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) {
                 const int index = first + i;
-                if (index >= count) break;
                 uint32_t now[WORDS];
                 Meta meta_now[HALF_COUNT];
 #pragma unroll
@@ -299,6 +298,7 @@ DEVICE void matvec(const Arguments& in) {
                 for (int half = 0; half < HALF_COUNT; ++half) meta_now[half] = meta[i][half];
                 const bool same = index + AHEAD < padded;
                 ask(i, same ? stretch : next_stretch, same ? index + AHEAD : i);
+                if (index >= count) continue;
 
                 const char* const x_tile = x_shared + (wk + index * WK) * batch * 128;
                 float part[NT][4] = {};

@@ -1,0 +1,271 @@
+"""The kernels of CUDA devices against reference.py in float64.
+
+Without a GPU Triton's interpreter runs the Triton kernels on the CPU, and what decides about the CUDA C++ kernels is
+checked as far as Python goes; with one (``make test-gpu``) all of them run for real.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_requant import kernels
+from vllm_requant.kernels import gpu, reference
+from vllm_requant.kernels.gpu import native
+from vllm_requant.kernels.gpu.weights import NAMES, Weights
+
+REAL = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if REAL else "cpu")
+needs_gpu = pytest.mark.skipif(not REAL, reason="needs a CUDA device")
+
+UNIFORM = [("uniform", 2, 32), ("uniform", 3, 96), ("uniform", 4, 64), ("uniform", 4, 128), ("uniform", 8, 32)]
+LUT = [("lut", 2, 0), ("lut", 3, 0), ("lut", 4, 0)]
+SHAPES = [(40, 100), (33, 576), (16, 64)]
+TRELLIS = [(2, 12), (3, 16), (4, 12), (1, 8), (5, 16), (6, 12)]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton reads the variable when it first sees a kernel."""
+    pytest.importorskip("triton")
+    if not REAL:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from vllm_requant.kernels.gpu import tiles
+
+    if not REAL and type(tiles.product).__name__ != "InterpretedFunction":
+        pytest.skip("the kernels were imported before the interpreter was asked for")
+    yield
+
+
+def weights_of(layer: object) -> Weights:
+    """Of a layer of conftest.py, wherever the tests compute."""
+    made = gpu.weights.repack(
+        layer.kind,  # type: ignore[attr-defined]
+        layer.tensors,  # type: ignore[attr-defined]
+        None,
+        bits=layer.bits,  # type: ignore[attr-defined]
+        in_features=layer.in_features,  # type: ignore[attr-defined]
+        device=DEVICE,
+    )
+    return Weights(*made.values(), layer.kind, layer.bits, layer.group_size, 0, layer.in_features, layer.out_features)  # type: ignore[attr-defined]
+
+
+def trellis(
+    bits: int, state_bits: int, blocks: tuple[int, int], rows: int, columns: int, density: float
+) -> tuple[Weights, Tensor]:
+    """A random trellis in run-time form and its weight by reference.py, float32."""
+    generator = torch.Generator().manual_seed(bits)
+
+    def random_bytes(*shape: int) -> Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+    block_out, block_in = blocks
+    tensors = {
+        "qweight": random_bytes(rows // block_out, columns * block_out // 128, 16 * bits),
+        "scales": torch.rand(rows // block_out, columns // block_in, generator=generator).half(),
+        "signs_in": random_bytes(columns // 8),
+        "signs_out": random_bytes(rows // 8),
+    }
+    weight = reference.dequantize_trellis(**tensors, bits=bits, state_bits=state_bits, in_features=columns)
+    if density:
+        mask = torch.rand(rows, columns, generator=generator) < density
+        mask[0], mask[-1] = True, False
+        indptr = torch.zeros(rows + 1, dtype=torch.int32)
+        indptr[1:] = mask.sum(1).cumsum(0)
+        values = torch.randn(int(indptr[-1]), generator=generator).half()
+        tensors |= {"sparse_indptr": indptr, "sparse_indices": mask.nonzero()[:, 1].to(torch.uint16)}
+        tensors["sparse_values"] = values
+        weight = reference.add_sparse_(weight, indptr, tensors["sparse_indices"], values)
+    signs = (
+        reference.signs(tensors["signs_in"], columns) * block_in**-0.5,
+        reference.signs(tensors["signs_out"], rows) * block_out**-0.5,
+    )
+    made = gpu.weights.repack("trellis", tensors, signs, bits=bits, in_features=columns, device=DEVICE)
+    return Weights(*made.values(), "trellis", bits, 0, state_bits, columns, rows), weight
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """No further from the exact product than rounding weights and result to the type of ``x`` explains."""
+    wide, exact = x.cpu().double(), x.cpu().double() @ weight.double().t()
+    eps = torch.finfo(x.dtype).eps
+    # both roundings are of half a unit; a residual is added to what is rounded already
+    bound = 1.5 * eps * (wide.abs() @ weight.double().abs().t()) + eps * exact.abs() + 1e-6
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    assert bool(((y.cpu().double() - exact).abs() <= bound).all())
+    rounded = (wide @ weight.to(x.dtype).double().t()).to(x.dtype).double()
+    assert (y.cpu().double() - exact).norm() <= 1.15 * (rounded - exact).norm() + 1e-4 * eps * exact.norm()
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bits", "group_size"), UNIFORM + LUT)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.03])
+def test_expanded_rows_are_exact(
+    make_layer: Callable, kind: str, bits: int, group_size: int, rows: int, columns: int, density: float
+) -> None:
+    from vllm_requant.kernels.gpu import portable
+
+    layer = make_layer(kind, bits, group_size, rows, columns, density=density)
+    w, weight = weights_of(layer), layer.weight()
+    assert torch.equal(portable.expand(w, torch.float32).cpu(), weight)
+    ids = torch.tensor([rows - 1, 0, 0, rows // 2], device=DEVICE)
+    for dtype in (torch.float16, torch.float32):
+        assert torch.equal(portable.embedding(w, ids, dtype).cpu(), weight[ids.cpu()].to(dtype))
+    part = portable.expand(w, torch.bfloat16, first_row=8, count=5).cpu()
+    rounded = weight[8:13].bfloat16()
+    assert torch.equal(part, rounded) if not density else torch.allclose(part, rounded, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "bits", "group_size"), UNIFORM + LUT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_portable_product(make_layer: Callable, kind: str, bits: int, group_size: int, dtype: torch.dtype) -> None:
+    from vllm_requant.kernels.gpu import portable
+
+    layer = make_layer(kind, bits, group_size, 40, 160, density=0.03)
+    w = weights_of(layer)
+    for batch in (1, 17):
+        x = torch.randn(batch, 160).to(dtype).to(DEVICE)
+        assert_product(portable.linear(w, x), x, layer.weight())
+
+
+def test_residual_with_wide_columns(make_layer: Callable) -> None:
+    layer = make_layer("lut", 3, 0, 5, 66_000, density=0.001)
+    w = weights_of(layer)
+    assert w.wide and w.sparse_entries.dtype == torch.int64
+    rows = gpu.ops.embedding(torch.arange(5, device=DEVICE), w, torch.float32)
+    assert torch.equal(rows.cpu(), layer.weight())
+
+
+@pytest.mark.parametrize(("bits", "state_bits"), TRELLIS)
+@pytest.mark.parametrize(
+    ("blocks", "rows", "columns"), [((128, 128), 256, 256), ((64, 64), 192, 64), ((16, 32), 48, 96)]
+)
+def test_expanded_trellis(bits: int, state_bits: int, blocks: tuple[int, int], rows: int, columns: int) -> None:
+    from vllm_requant.kernels.gpu import portable
+
+    w, weight = trellis(bits, state_bits, blocks, rows, columns, 0.02)
+    exact = portable.expand(w, torch.float32).cpu()
+    assert torch.allclose(exact, weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
+    rounded = portable.expand(w, torch.bfloat16, first_row=blocks[0], count=blocks[0]).cpu().float()
+    part = weight[blocks[0] : 2 * blocks[0]]
+    assert (rounded - part).norm() <= 1.3 * (part.bfloat16().float() - part).norm()
+
+
+@pytest.mark.parametrize("batch", [0, 1, 40, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_batch(make_layer: Callable, batch: int, dtype: torch.dtype) -> None:
+    """Through the op's dispatch, whatever kernel it chooses here, and with more than one panel."""
+    layer = make_layer("uniform", 4, 64, 300, 96, density=0.02)
+    w = weights_of(layer)
+    x = torch.randn(2, batch, 2 * 96).to(dtype).to(DEVICE)[..., ::2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.ops, "PANEL_BYTES", 1)  # the least panel has 128 rows
+        y = gpu.ops.linear(x, w)
+    assert y.shape == (2, batch, 300)
+    if batch:
+        assert_product(y.reshape(-1, 300), x.reshape(-1, 96), layer.weight())
+
+
+# ---- the choice of a kernel, the ops -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bits", "group_size"), UNIFORM + LUT)
+def test_variants_are_compiled_together_and_fit(kind: str, bits: int, group_size: int) -> None:
+    nothing = torch.empty(0)
+    for rows, columns in ((576, 576), (4096, 4096), (28_672, 8192), (8192, 28_672), (128_256, 4096)):
+        codes = torch.empty(-(-rows // 16), -(-columns // 64), 1, device="meta")
+        w = Weights(codes, *[nothing] * 7, kind, bits, group_size, 0, columns, rows)
+        for batch in range(1, native.MOST + 1):
+            variant = native.matvec_variant(w, batch)
+            assert variant.instance in {known.instance for known in native.MATVEC_VARIANTS}
+            assert 8 * variant.n_tiles >= batch and (batch == 1 or not variant.single)
+            assert variant.shared(w, batch) <= 227 << 10
+            x, splits, _ = variant.grid(w, 132)
+            assert 1 <= x <= w.codes.shape[0] and splits <= -(-columns // 64)
+
+
+def test_other_dimensions_are_refused(make_layer: Callable) -> None:
+    w = weights_of(make_layer("uniform", 4, 32, 40, 100))
+    for wrong in (w._replace(in_features=200), w._replace(out_features=60)):
+        with pytest.raises(RuntimeError, match="does not fit"):
+            gpu.ops.linear(torch.randn(1, wrong.in_features, device=DEVICE), wrong)
+
+
+def test_shapes_for_the_compiler(make_layer: Callable) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    w = weights_of(make_layer("uniform", 4, 32, 40, 100))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in w]
+        y = torch.ops.requant.gpu_linear(torch.empty(2, 3, 100, dtype=torch.bfloat16, device=DEVICE), *fake)
+        assert y.shape == (2, 3, 40) and y.dtype == torch.bfloat16
+        rows = torch.ops.requant.gpu_embedding(torch.zeros(7, dtype=torch.int64, device=DEVICE), *fake, torch.float16)
+        assert rows.shape == (7, 100) and rows.dtype == torch.float16
+
+
+# ---- a real device -----------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize(("kind", "bits", "group_size"), UNIFORM + LUT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (10_000, 640), (200, 4096)])
+def test_fused_product(
+    make_layer: Callable, kind: str, bits: int, group_size: int, dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    layer = make_layer(kind, bits, group_size, rows, columns, density=0.01)
+    w, weight = weights_of(layer), layer.weight()
+    for batch in (1, 2, 8, 9, 16, 31, 64):
+        x = torch.randn(batch, columns, device=DEVICE).to(dtype)
+        poison = torch.full((batch, rows), float("nan"), dtype=dtype, device=DEVICE)
+        del poison
+        y = native.matvec(w, x)
+        assert_product(y, x, weight)
+        assert torch.equal(y, native.matvec(w, x))
+        assert not w.locks.any()
+    expanded = native.expand(w, dtype, 16, rows - 16).cpu().float()
+    assert (expanded - weight[16:]).norm() <= 1.2 * (weight[16:].to(dtype).float() - weight[16:]).norm() + 1e-6
+
+
+@needs_gpu
+@pytest.mark.parametrize(("bits", "state_bits"), [(2, 12), (3, 16), (4, 12), (4, 10)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "block_in"), [(256, 192, 64), (128, 4096, 128), (1280, 1152, 128)])
+def test_fused_trellis(bits: int, state_bits: int, dtype: torch.dtype, rows: int, columns: int, block_in: int) -> None:
+    w, weight = trellis(bits, state_bits, (128, block_in), rows, columns, 0.01)
+    assert native.takes_trellis(w)
+    for batch in (1, 3, 4, 5, 16):
+        x = torch.randn(batch, columns, device=DEVICE).to(dtype)
+        y = native.trellis(w, x)
+        assert_product(y, x, weight)
+        assert torch.equal(y, native.trellis(w, x))
+        assert not w.locks.any()
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["uniform", "lut"])
+def test_through_the_package_and_in_a_graph(make_layer: Callable, kind: str) -> None:
+    layer = make_layer(kind, 4, 32 if kind == "uniform" else 0, 96, 1024, density=0.01)
+    assert kernels.kernel_path(kind, "cuda") == "cuda"
+    packed = layer.repack("cuda")
+    assert list(packed) == list(NAMES)
+    for batch in (1, 5, 40, 200):
+        x = torch.randn(batch, 1024, device=DEVICE).bfloat16()
+        eager = layer.linear(x, packed)
+        assert_product(eager, x, layer.weight())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer.linear(x, packed)
+        x.copy_(torch.randn_like(x))
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, layer.linear(x, packed))
+    ids = torch.tensor([[3, 95], [0, 0]], device=DEVICE)
+    assert torch.equal(layer.embedding(ids, torch.bfloat16, packed).cpu(), layer.weight()[ids.cpu()].bfloat16())
+    checks = ("test_schema", "test_faketensor")
+    arguments = (x, *packed.values(), kind, 4, layer.group_size, 0, 1024, 96)
+    torch.library.opcheck(torch.ops.requant.gpu_linear.default, arguments, test_utils=checks)
