@@ -6,8 +6,8 @@ at once, lane ``l`` the codes of the rows ``l // 4`` and ``l // 4 + 8`` and of t
 lane, ``i`` even, is of row half ``h``. That is how the tensor cores want a 16 × 16 operand, four of them a tile. A
 lane's 32 codes fill ``bits`` words; the codes ``a`` and ``b`` of a pair lie there
 
-* ``uniform``, 2 and 4 bit: in 16/bits fields a word, ``a`` in the lower half and ``b`` at the same place in the upper;
-* ``uniform``, 3 bit: likewise, five fields a word; bits 15 and 31 of word ``j`` are bit ``j`` of the 16th pair;
+* ``uniform``, 2, 3 and 4 bit: at bit :func:`place` of a word and 16 bits above it, in circles: that is where, at most a
+  rotation away, a code is in the mantissa of a float16; at 3 bit one pair of 16 has its bits in three words;
 * ``uniform``, 8 bit: in four bytes a word, in order;
 * ``lut``: side by side, ``a | b << bits``, in 32/(2 bits) fields a word; what three words leave at 3 bit, their bits 30
   and 31, are bits ``2 j`` and ``2 j + 1`` of the 16th pair.
@@ -81,25 +81,47 @@ def tile_codes(kind: str, qweight: Tensor, *, bits: int, in_features: int) -> Te
     return out
 
 
+def place(bits: int, pair: int) -> tuple[int, int] | None:
+    """Word and bit of the first code of a pair of the ``uniform`` kind; None for one that is in three words."""
+    columns, half = pair // 2, pair % 2
+    if bits == 8:
+        return columns, 16 * half
+    if bits == 4:
+        return columns // 2, 2 + 4 * (columns % 2) + 8 * half
+    if bits == 2:
+        return half, 2 + 2 * columns
+    if columns < 6:
+        return columns % 3, 1 + 3 * (columns // 3 + 3 * half)
+    return None if pair == 15 else (pair - 12, 7)
+
+
 def _words(kind: str, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Pairs int32 ``[..., 16]``, either code, to words ``[..., bits]``."""
-    if kind == "lut":
-        pairs, width = low | high << bits, 2 * bits
-    elif bits == 8:
-        pairs, width = low | high << 8, 16
-    else:
-        pairs, width = low | high << 16, bits
-    fields = (16 if kind == "uniform" and bits < 8 else 32) // width
-    words = torch.zeros(*pairs.shape[:-1], bits, dtype=torch.int32, device=pairs.device)
-    for pair in range(fields * bits):
-        words[..., pair // fields] |= pairs[..., pair] << (pair % fields * width)
-    if bits == 3:
-        last = pairs[..., 15]
-        for j in range(3):
-            if kind == "lut":
-                words[..., j] |= (last >> (2 * j) & 3) << 30
+    words = torch.zeros(*low.shape[:-1], bits, dtype=torch.int32, device=low.device)
+
+    def put(value: Tensor, word: int, bit: int) -> None:
+        bit %= 32
+        words[..., word] |= value << bit
+        if bit > 32 - bits:
+            words[..., word] |= value >> (32 - bit)
+
+    for pair in range(16):
+        a, b = low[..., pair], high[..., pair]
+        if kind == "lut":
+            both, fields = a | b << bits, 32 // (2 * bits)
+            if pair < fields * bits:
+                words[..., pair // fields] |= both << (pair % fields * 2 * bits)
             else:
-                words[..., j] |= (last >> j & 0x00010001) << 15
+                for j in range(3):
+                    words[..., j] |= (both >> (2 * j) & 3) << 30
+            continue
+        where = place(bits, pair)
+        if where is None:
+            for j in range(3):
+                words[..., j] |= (a >> j & 1) << 16 | (b >> j & 1)
+        else:
+            put(a, *where)
+            put(b, where[0], where[1] + (8 if bits == 8 else 16))
     return words
 
 

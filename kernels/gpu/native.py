@@ -54,7 +54,11 @@ class Matvec(NamedTuple):
     def shared(self, w: Weights, batch: int) -> int:
         """Bytes of shared memory: activations, two times tables, two times sums."""
         rows = 16 * self.row_warps
-        activations = -(-w.codes.shape[1] // self.splits) * batch * 128
+        tiles = -(-w.codes.shape[1] // self.splits)
+        activations = tiles * batch * 128 + -(-batch // 4) * 16
+        if not w.lut:
+            halves = 1 if w.group_size % 64 == 0 else 2
+            activations += tiles * halves * (1 if self.single else -(-batch // 2) * 2) * 8
         tables = 2 * self.row_warps * _table_bytes(w.bits, self.row_warps) if w.lut else 0
         return activations + tables + 2 * (self.column_warps + 1) * batch * (rows + 4) * 4
 
@@ -66,7 +70,7 @@ class Matvec(NamedTuple):
 
 def _table_bytes(bits: int, row_warps: int) -> int:
     """Of a row tile, as in matvec.cu."""
-    slots = 32 if bits == 2 or (bits == 3 and row_warps == 1) else 8
+    slots = {2: 32, 3: 32 if row_warps == 1 else 8, 4: 16 if row_warps == 1 else 8}[bits]
     return 2 * slots * 4 << (2 * bits)
 
 
@@ -108,28 +112,23 @@ class _TrellisArguments(ctypes.Structure):
     )
 
 
-def matvec_variant(w: Weights, batch: int) -> Matvec:
-    """The variant for a layer and a batch."""
-    if batch == 1:
-        variants = [Matvec(1, True, 1, 8, 4, 3)]
-    elif batch <= 8:
-        variants = [Matvec(1, False, 1, 8, 4, 2)]
-    else:
-        n_tiles = 2 if batch <= 16 else 4 if batch <= 32 else 8
-        variants = [Matvec(n_tiles, False, 2, 8 if n_tiles < 8 else 4, 2, 1)]
-    chosen = variants[0]
-    while chosen.shared(w, batch) * chosen.blocks > _SHARED and chosen.splits < 64:
-        chosen = chosen._replace(splits=chosen.splits * 2)
-    return chosen
-
-
 MATVEC_VARIANTS = (
-    Matvec(1, True, 1, 8, 4, 3),
-    Matvec(1, False, 1, 8, 4, 2),
-    Matvec(2, False, 2, 8, 2, 1),
+    Matvec(1, True, 1, 16, 2, 2),
+    Matvec(1, False, 2, 8, 4, 1),
+    Matvec(2, False, 2, 8, 4, 1),
     Matvec(4, False, 2, 8, 2, 1),
     Matvec(8, False, 2, 4, 2, 1),
 )
+"""By the number of activations: one, and up to 8, 16, 32 and 64."""
+
+
+def matvec_variant(w: Weights, batch: int) -> Matvec:
+    """The variant for a layer and a batch."""
+    chosen = MATVEC_VARIANTS[(batch > 1) + (batch > 8) + (batch > 16) + (batch > 32)]
+    tiles = w.codes.shape[1]
+    while chosen.shared(w, batch) * chosen.blocks > _SHARED and chosen.splits < tiles:
+        chosen = chosen._replace(splits=min(2 * chosen.splits, tiles))
+    return chosen
 
 
 def trellis_variant(w: Weights, batch: int) -> TrellisVariant:

@@ -29,31 +29,36 @@ def _codes(codes, row, column, tiles, mask, LUT: tl.constexpr, BITS: tl.constexp
     half, lane = row % 16 // 8, row % 8 * 4 + column % 16 // 4
     tile = (row // 16).to(tl.int64) * tiles + column // 64
     pair, side = column % 64 // 16 * 4 + column % 4 // 2 * 2 + half, column % 2
-    if BITS == 8:
-        fields: tl.constexpr = 2
-        shift = pair % fields * 16 + side * 8
-    elif LUT:
+    if LUT:
         fields: tl.constexpr = 32 // (2 * BITS)
-        shift = pair % fields * (2 * BITS) + side * BITS
+        word, bit = tl.minimum(pair // fields, BITS - 1), pair % fields * (2 * BITS) + side * BITS
+    elif BITS == 8:
+        word, bit = pair // 2, half * 16 + side * 8
+    elif BITS == 4:
+        word, bit = pair // 4, 2 + 4 * (pair // 2 % 2) + 8 * half + 16 * side
+    elif BITS == 2:
+        word, bit = half, 2 + pair // 2 * 2 + 16 * side
     else:
-        fields: tl.constexpr = 16 // BITS
-        shift = pair % fields * BITS + side * 16
+        word = tl.where(pair < 12, pair // 2 % 3, tl.minimum(pair - 12, 2))
+        bit = tl.where(pair < 12, 1 + 3 * (pair // 6 + 3 * half), 7) + 16 * side
+    # for any row and column: broadcast before the words are read
+    word, bit = word + lane * 0, ((bit + lane * 0) % 32).to(tl.uint32)
+    circle = _word(codes, tile, lane, word, mask, BITS).to(tl.uint32, bitcast=True)
+    code = (circle >> bit | circle << ((32 - bit) % 32)).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
     if BITS == 3:
-        word = _word(codes, tile, lane, tl.minimum(pair // fields, 2), mask, BITS)
-        code = word >> shift & 7
-        last = pair == 15
+        last = pair + lane * 0 == 15
         # what is left of three words
-        first = _word(codes, tile, lane, pair * 0, mask & last, BITS)
-        second = _word(codes, tile, lane, pair * 0 + 1, mask & last, BITS)
-        third = _word(codes, tile, lane, pair * 0 + 2, mask & last, BITS)
+        first = _word(codes, tile, lane, lane * 0, mask & last, BITS)
+        second = _word(codes, tile, lane, lane * 0 + 1, mask & last, BITS)
+        third = _word(codes, tile, lane, lane * 0 + 2, mask & last, BITS)
         if LUT:
             six = (first >> 30 & 3) | (second >> 30 & 3) << 2 | (third >> 30 & 3) << 4
             rest = six >> (side * 3) & 7
         else:
-            at = 15 + side * 16
+            at = 16 - side * 16
             rest = (first >> at & 1) | (second >> at & 1) << 1 | (third >> at & 1) << 2
-        return tl.where(last, rest, code)
-    return _word(codes, tile, lane, pair // fields, mask, BITS) >> shift & ((1 << BITS) - 1)
+        code = tl.where(last, rest, code)
+    return code
 
 
 @triton.jit

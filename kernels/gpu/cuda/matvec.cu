@@ -6,6 +6,11 @@
 // the order of the operand, and the weights of the next stretch are on their way when one ends. Sums are float32, in an
 // order that depends on nothing but the launch.
 //
+// Operands are float16. Activations become so exactly, times a power of two of their own, except for elements of less
+// than 2^-29 of the largest. A code of the uniform kind at bit s of the mantissa, under the exponent of 2^(10 - s), is
+// 2^(10 - s) plus the code: one instruction for two weights. What that adds to the sums, the same for every row, is known
+// from the activations and is where the sums begin; the zero point, times the sum of activations, is taken off last.
+//
 // Macros beside those of primitives.cuh: LUT (else uniform), BITS, HALVES (a tile of 64 columns holds two groups, else
 // one or a part of one), TAIL (columns are no multiple of 64).
 struct Arguments {
@@ -24,87 +29,58 @@ struct Arguments {
 };
 
 constexpr int WORDS = BITS;  // 32 codes a lane
-constexpr uint32_t MAGIC = BF16 ? 0x43004300u : 0x64006400u;  // 128 or 1024: adding a code sets its lowest bits
 
 // ---- uniform ----------------------------------------------------------------------------------------------
 
-// -(magic + zero point) over 2^shift, where the code lies that much higher, and the factor that brings it down
-struct Offset {
-    uint32_t value[2];  // of the two rows of a lane
-};
-
-DEVICE void offsets(uint32_t zeros, int shift, Offset& out) {
-    // 1024 + z, or 128 + z for z < 128, is z in the lowest bits of the magic number
-    const uint32_t high = BF16 ? 0xC3C3C3C3u : 0xE4E4E4E4u;  // with the sign set
-    out.value[0] = permute(zeros, high, 0x4040);
-    out.value[1] = permute(zeros, high, 0x4141);
-    if (shift) {
-        // -(1024 / 2^shift + z) = -(1024 + z) + (1024 - 1024 / 2^shift), exact
-        const float whole = BF16 ? 128.0f : 1024.0f;
-        const float rest = whole - whole / float(1 << shift);
-        const uint32_t more = pair_from_floats(rest, rest), one = pair_from_floats(1.0f, 1.0f);
-        out.value[0] = fma2(out.value[0], one, more);
-        out.value[1] = fma2(out.value[1], one, more);
-    }
+// Pairs of columns are numbered c = 2 * (column / 16) + column % 4 / 2 in a tile; those of c have their codes at bit
+// position(c) of the mantissa.
+DEVICE constexpr int position(int c) {
+    return BITS == 8 ? 0 : BITS == 4 ? 2 + 4 * (c % 2) : BITS == 2 ? 2 + 2 * (c % 4) : c < 3 ? 1 : c < 6 ? 4 : 7;
 }
 
-// Two codes at bits AT and AT + 16, less their zero point, as activations.
-template <uint32_t MASK, int AT>
-DEVICE uint32_t centred(uint32_t word, uint32_t offset) {
-    const float down = 1.0f / float(1 << AT);
-    return fma2(mask_or<(MASK << AT) * 0x00010001u>(word, MAGIC), pair_from_floats(down, down), offset);
+DEVICE constexpr float raised_by(int c) { return float(1 << (10 - position(c))); }
+
+template <int POSITION>
+DEVICE uint32_t field(uint32_t word) {
+    constexpr uint32_t mask = ((1u << BITS) - 1) << POSITION, exponent = (25u - POSITION) << 10;
+    return mask_or<mask * 0x00010001u>(word, exponent * 0x00010001u);
 }
 
-constexpr int MANTISSA = BF16 ? 7 : 10;
-constexpr int STEP = MANTISSA / BITS * BITS;  // fields that lie in the mantissa need no shift
+DEVICE uint32_t rotate_right(uint32_t word, int count) { return __funnelshift_r(word, word, count); }
 
-// Field number FIELD of the word, for row half `h`.
-template <int FIELD>
-DEVICE uint32_t field(uint32_t word, const Offset (&offset)[BITS == 2 ? 5 : 3], int h) {
-    constexpr int at = FIELD * BITS, shift = at / STEP * STEP, rest = at - shift;
-    return centred<(1u << BITS) - 1, rest>(shift ? word >> shift : word, offset[rest / BITS].value[h]);
-}
-
-DEVICE uint32_t eight_bit_pair(uint32_t word, int first, uint32_t offset) {
-    // float16 holds a code less a zero point exactly, and so does bfloat16, but not the magic number's way there
-    const uint32_t magic = permute(word, 0x64646464u, first ? 0x4342 : 0x4140);
-    const uint32_t half = half_add2(magic, offset);
-    if (!BF16) return half;
-    return pair_from_floats(half_to_float(half & 0xFFFF), half_to_float(half >> 16));
-}
-
-// Pair p of a lane: fragment p / 4 (16 columns), register p % 4 of the operand; odd registers belong to row g + 8.
-template <int P>
-DEVICE uint32_t uniform_pair(const uint32_t (&words)[WORDS], const Offset (&offset)[BITS == 2 ? 5 : 3]) {
-    constexpr int h = P & 1;
+// Weights of row half H and pair of columns C, raised by raised_by(C).
+template <int C, int H>
+DEVICE uint32_t uniform_pair(const uint32_t (&words)[WORDS]) {
+    constexpr int at = position(C);
     if constexpr (BITS == 8) {
-        return eight_bit_pair(words[P / 2], P & 1, offset[0].value[h]);
+        return permute(words[C], 0x64646464u, H ? 0x4342 : 0x4140);
     } else if constexpr (BITS == 4) {
-        return field<P % 4>(words[P / 4], offset, h);
+        return field<at>(H ? rotate_right(words[C / 2], 8) : words[C / 2]);
     } else if constexpr (BITS == 2) {
-        return field<P % 8>(words[P / 8], offset, h);
-    } else if constexpr (P < 15) {
-        return field<P % 5>(words[P / 5], offset, h);
-    } else {
-        uint32_t code = mask_or<0x00010001u>(words[0] >> 15, MAGIC);
-        code = mask_or<0x00020002u>(words[1] >> 14, code);
-        code = mask_or<0x00040004u>(words[2] >> 13, code);
-        const uint32_t one = pair_from_floats(1.0f, 1.0f);
-        return fma2(code, one, offset[0].value[h]);
+        return field<at>(C < 4 ? words[H] : rotate_right(words[H], 8));
+    } else if constexpr (C < 6) {
+        return field<at>(H ? rotate_right(words[C % 3], 9) : words[C % 3]);
+    } else if constexpr (2 * C + H < 15) {
+        return field<at>(words[2 * C + H - 12]);
+    } else {  // what is left over in three words
+        uint32_t out = mask_or<0x00800080u>(rotate_right(words[0], 9), ((25u - at) << 10) * 0x00010001u);
+        out = mask_or<0x01000100u>(rotate_right(words[1], 8), out);
+        return mask_or<0x02000200u>(rotate_right(words[2], 7), out);
     }
 }
 
 // ---- lut --------------------------------------------------------------------------------------------------
 
 // A table of pairs of codes for each row, so that one read of shared memory gives two weights. [half][pair][slot] words;
-// with 32 slots every lane has a bank of its own, with 8 the four lanes of a row share a table.
+// with 32 slots every lane has a bank of its own, with 8 the four lanes of a row share a table, with 16 two do.
 template <int WR>
 struct Tables {
-    static constexpr int SLOTS = BITS == 2 || (BITS == 3 && WR == 1) ? 32 : 8;
+    static constexpr int SLOTS = BITS == 2 || (BITS == 3 && WR == 1) ? 32 : BITS == 4 && WR == 1 ? 16 : 8;
+    static constexpr int COPIES = SLOTS / 8;
     static constexpr int PAIRS = 1 << (2 * BITS);
     static constexpr int WORDS_A_HALF = PAIRS * SLOTS;
     static constexpr int WORDS_A_TILE = 2 * WORDS_A_HALF;
-    static constexpr int SHIFT = SLOTS == 32 ? 7 : 5;  // pair to byte offset
+    static constexpr int SHIFT = SLOTS == 32 ? 7 : SLOTS == 16 ? 6 : 5;  // pair to byte offset
 };
 
 // The next stretch's tables, a part for each thread: asked for, then stored.
@@ -121,7 +97,7 @@ struct NextTables {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const int job = threadIdx.x + i * THREADS, slot = job % T::SLOTS;
-            const int row = first_row + job / (T::SLOTS * ENTRIES) * 8 + (T::SLOTS == 32 ? slot / 4 : slot);
+            const int row = first_row + job / (T::SLOTS * ENTRIES) * 8 + slot / T::COPIES;
             first[i] = 0;
 #pragma unroll
             for (int j = 0; j < ENTRIES / 2; ++j) table[i][j] = 0;
@@ -143,12 +119,11 @@ struct NextTables {
         for (int i = 0; i < COUNT; ++i) {
             const int job = threadIdx.x + i * THREADS;
             if (JOBS % THREADS && job >= JOBS) continue;
-            const uint32_t low = BF16 ? from_float(half_to_float(first[i])) : first[i];
+            const uint32_t low = first[i];
             uint32_t* const here = to + job / (T::SLOTS * ENTRIES) * T::WORDS_A_HALF + job % (T::SLOTS * ENTRIES);
 #pragma unroll
             for (int j = 0; j < ENTRIES / 2; ++j) {
-                uint32_t two = table[i][j];
-                if (BF16) two = pair_from_floats(half_to_float(two & 0xFFFF), half_to_float(two >> 16));
+                const uint32_t two = table[i][j];
                 here[2 * j * (T::SLOTS * ENTRIES)] = permute(low, two, 0x5410);
                 here[(2 * j + 1) * (T::SLOTS * ENTRIES)] = permute(low, two, 0x7610);
             }
@@ -180,30 +155,96 @@ struct Meta {  // of a group
     uint16_t zeros;
 };
 
-template <int P0, int WR>
-DEVICE void fragment(uint32_t (&a)[4], const uint32_t (&words)[WORDS], const Offset (&offset)[BITS == 2 ? 5 : 3],
-                     const char* tables, uint32_t base) {
+// The operand of the 16 columns F: registers of rows g and g + 8, twice.
+template <int F, int WR>
+DEVICE void fragment(uint32_t (&a)[4], const uint32_t (&words)[WORDS], const char* tables, uint32_t base) {
 #if LUT
-    a[0] = lut_pair<WR, P0>(words, tables, base);
-    a[1] = lut_pair<WR, P0 + 1>(words, tables, base);
-    a[2] = lut_pair<WR, P0 + 2>(words, tables, base);
-    a[3] = lut_pair<WR, P0 + 3>(words, tables, base);
+    a[0] = lut_pair<WR, 4 * F>(words, tables, base);
+    a[1] = lut_pair<WR, 4 * F + 1>(words, tables, base);
+    a[2] = lut_pair<WR, 4 * F + 2>(words, tables, base);
+    a[3] = lut_pair<WR, 4 * F + 3>(words, tables, base);
 #else
-    a[0] = uniform_pair<P0>(words, offset);
-    a[1] = uniform_pair<P0 + 1>(words, offset);
-    a[2] = uniform_pair<P0 + 2>(words, offset);
-    a[3] = uniform_pair<P0 + 3>(words, offset);
+    a[0] = uniform_pair<2 * F, 0>(words);
+    a[1] = uniform_pair<2 * F, 1>(words);
+    a[2] = uniform_pair<2 * F + 1, 0>(words);
+    a[3] = uniform_pair<2 * F + 1, 1>(words);
 #endif
 }
 
-DEVICE void all_offsets(Offset (&offset)[BITS == 2 ? 5 : 3], uint32_t zeros) {
-    if constexpr (BITS == 8) {
-        offset[0].value[0] = permute(zeros, 0xE4E4E4E4u, 0x4040);
-        offset[0].value[1] = permute(zeros, 0xE4E4E4E4u, 0x4141);
-    } else {
+// What the sums of an activation begin with, and the sum of its elements; of a tile, or of half a tile.
+typedef float2 Sums;
+
+// Activations in shared memory: [tiles][2 halves][batch][4 lanes][2 runs of 16 columns][4], float16, so that a lane reads
+// 16 bytes of half a tile. `factors` are the powers of two that bring the elements back.
+template <int THREADS, bool ONE>
+DEVICE void take_activations(const Arguments& in, char* x_shared, Sums* tile_sums, float* factors, int begin, int stop,
+                             int batch, int pitch) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, columns = min(stop * 64, in.columns) - begin * 64;
+    uint32_t* const largest = reinterpret_cast<uint32_t*>(factors);
+    for (int m = threadIdx.x; m < batch; m += THREADS) largest[m] = 0;
+    __syncthreads();
+    // without its sign a 16-bit float is ordered as an integer
+    const int parts = max(1, THREADS / 32 / batch), each = (columns / 4 + parts - 1) / parts;
+    for (int task = warp; task < batch * parts; task += THREADS / 32) {
+        const int m = task % batch, first = task / batch * each, end = min(columns / 4, first + each);
+        const uint2* const from = reinterpret_cast<const uint2*>(in.x + m * in.x_stride + begin * 64);
+        uint32_t most = 0;
+#pragma unroll 4
+        for (int i = first + lane; i < end; i += 32) {
+            const uint2 four = from[i];
+            most = __vmaxu2(most, __vmaxu2(four.x & 0x7FFF7FFFu, four.y & 0x7FFF7FFFu));
+        }
+        most = max(most & 0xFFFF, most >> 16);
 #pragma unroll
-        for (int i = 0; i < STEP / BITS; ++i) offsets(zeros, i * BITS, offset[i]);
+        for (int step = 16; step > 0; step /= 2) most = max(most, __shfl_xor_sync(0xFFFFFFFFu, most, step));
+        if (lane == 0) atomicMax(largest + m, most);
     }
+    __syncthreads();
+    const int tiles = stop - begin;
+    for (int i = threadIdx.x; i < tiles * batch * 16; i += THREADS) {
+        const int q = i & 15, m = ONE ? 0 : (i >> 4) % batch, tile = ONE ? i >> 4 : (i >> 4) / batch;
+        const int column = tile * 64 + q * 4;
+        float v[4] = {};
+        if (!TAIL || column < columns) {
+            const uint2 four = *reinterpret_cast<const uint2*>(in.x + m * in.x_stride + begin * 64 + column);
+            v[0] = to_float(four.x & 0xFFFF);
+            v[1] = to_float(four.x >> 16);
+            v[2] = to_float(four.y & 0xFFFF);
+            v[3] = to_float(four.y >> 16);
+        }
+        // the exponent that leaves the largest below 2^15; a float's range holds it, whatever is largest
+        const int exponent = int((__float_as_uint(to_float(largest[m])) >> 23) & 0xFF) - 127;
+        const int up = min(max(14 - exponent, -126), 126);
+        const float factor = __uint_as_float(uint32_t(up + 127) << 23);
+        uint2 halves;
+        halves.x = half_pair(v[0] * factor, v[1] * factor);
+        halves.y = half_pair(v[2] * factor, v[3] * factor);
+        const int f = q >> 2, t = q & 3;
+        *reinterpret_cast<uint2*>(x_shared + tile * batch * 128 + ((f >> 1) * batch + m) * 64 + t * 16 + (f & 1) * 8) =
+            halves;
+        if (!LUT) {
+            const float low = half_to_float(halves.x & 0xFFFF) + half_to_float(halves.x >> 16);
+            const float high = half_to_float(halves.y & 0xFFFF) + half_to_float(halves.y >> 16);
+            float raised = 0, plain = low + high;
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (f == j) raised = raised_by(2 * j) * low + raised_by(2 * j + 1) * high;
+#pragma unroll
+            for (int step = HALVES ? 4 : 8; step > 0; step /= 2) {
+                raised += __shfl_xor_sync(0xFFFFFFFFu, raised, step);
+                plain += __shfl_xor_sync(0xFFFFFFFFu, plain, step);
+            }
+            if (q % (HALVES ? 8 : 16) == 0)
+                tile_sums[(HALVES ? tile * 2 + q / 8 : tile) * pitch + m] = make_float2(-raised, plain);
+        }
+    }
+    __syncthreads();
+    for (int m = threadIdx.x; m < batch; m += THREADS) {
+        const int exponent = int((__float_as_uint(to_float(largest[m])) >> 23) & 0xFF) - 127;
+        const int up = min(max(14 - exponent, -126), 126);
+        factors[m] = __uint_as_float(uint32_t(127 - up) << 23);
+    }
+    __syncthreads();
 }
 
 // NT times eight activations; with ONE a single one.
@@ -220,73 +261,82 @@ DEVICE void matvec(const Arguments& in) {
 
     // columns of this block, in tiles, and how many of them this warp reads
     const int share = (in.tiles + gridDim.y - 1) / gridDim.y;
-    const int begin = blockIdx.y * share, stop = min(in.tiles, begin + share);
+    const int begin = min(in.tiles, int(blockIdx.y) * share), stop = min(in.tiles, begin + share);
     const int count = max(0, (stop - begin - wk + WK - 1) / WK), padded = (count + AHEAD - 1) / AHEAD * AHEAD;
 
-    // [share * 4 runs of 16 columns][batch][16]; two of tables; two of [WK + 1][batch][PITCH] sums
+    // activations; [tiles, or halves][pitch] of their sums; [batch] factors; two of tables; two of [WK + 1][batch][PITCH]
+    const int pitch = ONE ? 1 : (batch + 1) / 2 * 2;
     char* const x_shared = shared;
-    char* const tables = x_shared + share * batch * 128;
+    Sums* const tile_sums = reinterpret_cast<Sums*>(x_shared + share * batch * 128);
+    float* const factors = reinterpret_cast<float*>(tile_sums + (LUT ? 0 : share * HALF_COUNT * pitch));
+    char* const tables = reinterpret_cast<char*>(factors + (batch + 3) / 4 * 4);
     float* const reduced =
         reinterpret_cast<float*>(tables + (LUT ? 2 * WR * Tables<WR>::WORDS_A_TILE * 4 : 0));
     const int reduced_size = (WK + 1) * batch * PITCH;
 
     uint32_t words[AHEAD][WORDS];
     Meta meta[AHEAD][HALF_COUNT];
-    const auto ask = [&](int slot, int stretch, int index) {
-        if (index < count && stretch * WR < row_tiles) {
-            const int row_tile = min(stretch * WR + wr, row_tiles - 1), tile = begin + wk + index * WK;
-            load_words<WORDS>(words[slot], in.codes + (int64_t(row_tile) * in.tiles + tile) * (32 * WORDS), lane);
-            if (!LUT)
+    // where the stretch that is asked for begins
+    const uint32_t* codes;
+    const uint32_t* scales;
+    const uint16_t* zeros;
+    const auto go_to = [&](int stretch) {
+        const int64_t row_tile = min(stretch * WR + wr, row_tiles - 1);
+        codes = in.codes + (row_tile * in.tiles + begin + wk) * (32 * WORDS);
+        scales = in.params + row_tile * in.groups * 8 + g;
+        zeros = in.zeros + row_tile * in.groups * 8 + g;
+    };
+    const auto ask = [&](int slot, int index) {
+        load_words<WORDS>(words[slot], codes + index * (WK * 32 * WORDS), lane);
+        if (!LUT)
 #pragma unroll
-                for (int half = 0; half < HALF_COUNT; ++half) {
-                    int group = __umulhi(uint32_t(tile * 2 + half) * 2, in.group_factor);
-                    if (HALVES) group = min(group, in.groups - 1);  // the second half may lie behind the last column
-                    const int64_t at = (int64_t(row_tile) * in.groups + group) * 8 + g;
-                    meta[slot][half].scales = load1(in.params + at);
-                    meta[slot][half].zeros = in.zeros[at];
-                }
-        }
+            for (int half = 0; half < HALF_COUNT; ++half) {
+                int group = __umulhi(uint32_t((begin + wk + index * WK) * 2 + half) * 2, in.group_factor);
+                if (HALVES) group = min(group, in.groups - 1);  // the second half may lie behind the last column
+                meta[slot][half].scales = load1(scales + group * 8);
+                meta[slot][half].zeros = zeros[group * 8];
+            }
     };
     int stretch = blockIdx.x;
+    go_to(stretch);
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) ask(i, stretch, i);
+    for (int i = 0; i < AHEAD; ++i)
+        if (i < count) ask(i, i);
     Residual<LANES, 2> residual;
     residual.begin(in.indptr, stretch * ROWS + row, in.rows, lane_of_row);
 #if LUT
+    using T = Tables<WR>;
     NextTables<WR, THREADS> next_tables;
     next_tables.ask(reinterpret_cast<const uint16_t*>(in.params), stretch * ROWS, in.rows);
     next_tables.store(reinterpret_cast<uint32_t*>(tables));
+    const uint32_t base = wr * T::WORDS_A_TILE * 4 + lane / (4 / T::COPIES) * 4;
+#else
+    const uint32_t base = 0;
 #endif
     residual.ask(in.entries);
 
     launched_before_is_done();
-    for (int i = threadIdx.x; i < (stop - begin) * batch * 16; i += THREADS) {
-        const int four = i & 3, m = ONE ? 0 : (i >> 2) % batch, column = (begin * 4 + (i >> 2) / batch) * 16 + four * 4;
-        const bool there = !TAIL || column < in.columns;
-        copy_async(x_shared + i * 8, in.x + m * in.x_stride + (there ? column : 0), there);
-    }
-    copies_arrived();
-    __syncthreads();
+    take_activations<THREADS, ONE>(in, x_shared, tile_sums, factors, begin, stop, batch, pitch);
 
     int x_lane[NT];  // bytes
 #pragma unroll
-    for (int n = 0; n < NT; ++n) x_lane[n] = (ONE ? 0 : min(n * 8 + g, batch - 1) * 32) + t * 8;
+    for (int n = 0; n < NT; ++n) x_lane[n] = (ONE ? 0 : min(n * 8 + g, batch - 1) * 64) + t * 16;
 
     for (int parity = 0; stretch * WR < row_tiles; parity ^= 1) {
         const int next_stretch = stretch + gridDim.x;
+        const bool more = next_stretch * WR < row_tiles;
         Residual<LANES, 2> next_residual;
         next_residual.begin(in.indptr, next_stretch * ROWS + row, in.rows, lane_of_row);
 #if LUT
         next_tables.ask(reinterpret_cast<const uint16_t*>(in.params), next_stretch * ROWS, in.rows);
-        using T = Tables<WR>;
-        const uint32_t base = wr * T::WORDS_A_TILE * 4 + (T::SLOTS == 32 ? lane : g) * 4;
         const char* const tables_now = tables + parity * WR * T::WORDS_A_TILE * 4;
 #else
-        const uint32_t base = 0;
         const char* const tables_now = nullptr;
 #endif
         float sums[NT][4] = {};
         for (int first = 0; first < padded; first += AHEAD) {
+            const bool last = first + AHEAD >= padded;
+            if (last) go_to(next_stretch);
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) {
                 const int index = first + i;
@@ -296,47 +346,64 @@ DEVICE void matvec(const Arguments& in) {
                 for (int w = 0; w < WORDS; ++w) now[w] = words[i][w];
 #pragma unroll
                 for (int half = 0; half < HALF_COUNT; ++half) meta_now[half] = meta[i][half];
-                const bool same = index + AHEAD < padded;
-                ask(i, same ? stretch : next_stretch, same ? index + AHEAD : i);
+                const int next = last ? i : index + AHEAD;
+                if (next < count && (!last || more)) ask(i, next);
                 if (index >= count) continue;
 
-                const char* const x_tile = x_shared + (wk + index * WK) * batch * 128;
-                float part[NT][4] = {};
-                Offset offset[BITS == 2 ? 5 : 3];
-                uint32_t a[4];
-                const auto product = [&](int f) {
+                const int tile = wk + index * WK;
+                const char* const x_tile = x_shared + tile * batch * 128;
+                float part[NT][4];
+                float plain[NT][2];
+                const auto start = [&](int half) {
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
-                        const uint2 b = *reinterpret_cast<const uint2*>(x_tile + f * batch * 32 + x_lane[n]);
-                        multiply(LUT ? sums[n] : part[n], a, b.x, b.y);
+                        const Sums* const at = tile_sums + (HALVES ? tile * 2 + half : tile) * pitch;
+                        if (ONE) {
+                            const Sums one = *at;
+                            part[n][0] = part[n][1] = part[n][2] = part[n][3] = one.x;
+                            plain[n][0] = plain[n][1] = one.y;
+                        } else {
+                            const float4 two =
+                                *reinterpret_cast<const float4*>(at + min(n * 8 + t * 2, pitch - 2));
+                            part[n][0] = part[n][2] = two.x;
+                            part[n][1] = part[n][3] = two.z;
+                            plain[n][0] = two.y;
+                            plain[n][1] = two.w;
+                        }
                     }
                 };
-                const auto finish = [&](uint32_t two) {
-                    const float s0 = half_to_float(two & 0xFFFF), s1 = half_to_float(two >> 16);
+                const auto finish = [&](const Meta& of) {
+                    const float s0 = half_to_float(of.scales & 0xFFFF), s1 = half_to_float(of.scales >> 16);
+                    const float z0 = float(of.zeros & 0xFF), z1 = float(of.zeros >> 8);
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
-                        sums[n][0] += s0 * part[n][0];
-                        sums[n][1] += s0 * part[n][1];
-                        sums[n][2] += s1 * part[n][2];
-                        sums[n][3] += s1 * part[n][3];
-#pragma unroll
-                        for (int j = 0; j < 4; ++j) part[n][j] = 0;
+                        sums[n][0] += s0 * (part[n][0] - z0 * plain[n][0]);
+                        sums[n][1] += s0 * (part[n][1] - z0 * plain[n][1]);
+                        sums[n][2] += s1 * (part[n][2] - z1 * plain[n][0]);
+                        sums[n][3] += s1 * (part[n][3] - z1 * plain[n][1]);
                     }
                 };
-                if (!LUT) all_offsets(offset, meta_now[0].zeros);
-                fragment<0, WR>(a, now, offset, tables_now, base);
+                uint32_t a[2][4];
+                const auto product = [&](int half) {
+#pragma unroll
+                    for (int n = 0; n < NT; ++n) {
+                        const uint4 b = *reinterpret_cast<const uint4*>(x_tile + half * batch * 64 + x_lane[n]);
+                        multiply(LUT ? sums[n] : part[n], a[0], b.x, b.y);
+                        multiply(LUT ? sums[n] : part[n], a[1], b.z, b.w);
+                    }
+                };
+                if (!LUT) start(0);
+                fragment<0, WR>(a[0], now, tables_now, base);
+                fragment<1, WR>(a[1], now, tables_now, base);
                 product(0);
-                fragment<4, WR>(a, now, offset, tables_now, base);
-                product(1);
                 if (HALVES && !LUT) {
-                    finish(meta_now[0].scales);
-                    all_offsets(offset, meta_now[HALF_COUNT - 1].zeros);
+                    finish(meta_now[0]);
+                    start(1);
                 }
-                fragment<8, WR>(a, now, offset, tables_now, base);
-                product(2);
-                fragment<12, WR>(a, now, offset, tables_now, base);
-                product(3);
-                if (!LUT) finish(meta_now[HALF_COUNT - 1].scales);
+                fragment<2, WR>(a[0], now, tables_now, base);
+                fragment<3, WR>(a[1], now, tables_now, base);
+                product(1);
+                if (!LUT) finish(meta_now[HALF_COUNT - 1]);
             }
         }
 
@@ -361,11 +428,13 @@ DEVICE void matvec(const Arguments& in) {
                 residual.walk(in.entries, [&](uint32_t column, float value) {
                     const int at = int(column) - begin * 64;
                     if (at < 0 || at >= columns) return;
-                    const char* from = x_shared + ((at >> 4) * batch + first) * 32 + (at & 15) * 2;
+                    const int f = at >> 4 & 3;
+                    const char* from = x_shared + (at >> 6) * batch * 128 + ((f >> 1) * batch + first) * 64 +
+                                       (at >> 2 & 3) * 16 + (f & 1) * 8 + (at & 3) * 2;
 #pragma unroll
                     for (int m = 0; m < (ONE ? 1 : 8); ++m)
                         if (ONE || first + m < batch)
-                            extra[m] += value * to_float(*reinterpret_cast<const uint16_t*>(from + m * 32));
+                            extra[m] += value * half_to_float(*reinterpret_cast<const uint16_t*>(from + m * 64));
                 });
 #pragma unroll
                 for (int m = 0; m < (ONE ? 1 : 8); ++m)
@@ -387,6 +456,7 @@ DEVICE void matvec(const Arguments& in) {
             float sum = in.indptr != nullptr ? here[(WK * batch + m) * PITCH + r] : 0.0f;
 #pragma unroll
             for (int k = 0; k < WK; ++k) sum += here[(k * batch + m) * PITCH + r];
+            sum *= factors[m];
             const int64_t at = int64_t(m) * in.rows + stretch * ROWS + r;
             if (gridDim.y == 1)
                 in.y[at] = from_float(sum);
@@ -406,6 +476,12 @@ DEVICE void matvec(const Arguments& in) {
             in.y[at] = from_float(sum);
         }
 }
+
+#define MATVEC(NT, ONE, WR, WK, AHEAD, BLOCKS)                                                                       \
+    extern "C" __global__ void __launch_bounds__(32 * WR * WK, BLOCKS)                                               \
+        matvec_##NT##_##ONE##_##WR##_##WK##_##AHEAD##_##BLOCKS(const __grid_constant__ Arguments in) {               \
+        matvec<NT, ONE, WR, WK, AHEAD>(in);                                                                          \
+    }
 
 // ---- weights -----------------------------------------------------------------------------------------------
 
@@ -433,7 +509,7 @@ DEVICE void expand(const Arguments& in, int first_row) {
     NextTables<1, THREADS> tables;
     tables.ask(reinterpret_cast<const uint16_t*>(in.params), row_tile * 16, in.rows);
     tables.store(reinterpret_cast<uint32_t*>(shared));
-    base = (Tables<1>::SLOTS == 32 ? lane : g) * 4;
+    base = lane / (4 / Tables<1>::COPIES) * 4;
     __syncthreads();
 #endif
     residual.ask(in.entries);
@@ -450,41 +526,44 @@ DEVICE void expand(const Arguments& in, int first_row) {
             for (int w = 0; w < WORDS; ++w) now[w] = words[i][w];
             if (tile + AHEAD * WARPS < stop)
                 load_words<WORDS>(words[i], codes + int64_t(tile + AHEAD * WARPS) * (32 * WORDS), lane);
-            Offset offset[BITS == 2 ? 5 : 3];
-            float scale[2] = {};
+            float scale[2], less[2][8];  // by row half: the scale, and it times what is to be taken off
             const auto group_of = [&](int half) {
                 int group = __umulhi(uint32_t(tile * 2 + half) * 2, in.group_factor);
                 if (HALVES) group = min(group, in.groups - 1);
                 const int64_t at = (int64_t(row_tile) * in.groups + group) * 8 + g;
-                const uint32_t two = in.params[at];
-                scale[0] = half_to_float(two & 0xFFFF);
-                scale[1] = half_to_float(two >> 16);
-                all_offsets(offset, in.zeros[at]);
+                const uint32_t two = in.params[at], zeros = in.zeros[at];
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    scale[h] = half_to_float(h ? two >> 16 : two & 0xFFFF);
+#pragma unroll
+                    for (int c = 0; c < 8; ++c) less[h][c] = raised_by(c) + float(h ? zeros >> 8 : zeros & 0xFF);
+                }
             };
-            const auto scaled = [&](uint32_t two, int h) {
-                if (LUT) return two;
-                return pair_from_floats(to_float(two & 0xFFFF) * scale[h], to_float(two >> 16) * scale[h]);
+            const auto scaled = [&](uint32_t two, int h, int c) {
+                const float low = half_to_float(two & 0xFFFF), high = half_to_float(two >> 16);
+                if (LUT) return BF16 ? pair_from_floats(low, high) : two;
+                return pair_from_floats((low - less[h][c]) * scale[h], (high - less[h][c]) * scale[h]);
             };
             const auto store = [&](int f, const uint32_t (&a)[4]) {
                 const int column = tile * 64 + f * 16 + t * 4;
                 if (TAIL && column >= in.columns) return;
                 if (upper)
                     *reinterpret_cast<uint2*>(out + int64_t(g) * in.columns + column) =
-                        make_uint2(scaled(a[0], 0), scaled(a[2], 0));
+                        make_uint2(scaled(a[0], 0, 2 * f), scaled(a[2], 0, 2 * f + 1));
                 if (lower)
                     *reinterpret_cast<uint2*>(out + int64_t(g + 8) * in.columns + column) =
-                        make_uint2(scaled(a[1], 1), scaled(a[3], 1));
+                        make_uint2(scaled(a[1], 1, 2 * f), scaled(a[3], 1, 2 * f + 1));
             };
             uint32_t a[4];
             if (!LUT) group_of(0);
-            fragment<0, 1>(a, now, offset, shared, base);
+            fragment<0, 1>(a, now, shared, base);
             store(0, a);
-            fragment<4, 1>(a, now, offset, shared, base);
+            fragment<1, 1>(a, now, shared, base);
             store(1, a);
             if (HALVES && !LUT) group_of(1);
-            fragment<8, 1>(a, now, offset, shared, base);
+            fragment<2, 1>(a, now, shared, base);
             store(2, a);
-            fragment<12, 1>(a, now, offset, shared, base);
+            fragment<3, 1>(a, now, shared, base);
             store(3, a);
         }
     }

@@ -44,19 +44,9 @@ DEVICE uint32_t pair_from_floats(float low, float high) {
     return out;
 }
 
-// a * b + c on two activations at once
-DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+DEVICE uint32_t half_pair(float low, float high) {
     uint32_t out;
-    if (BF16)
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    else
-        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    return out;
-}
-
-DEVICE uint32_t half_add2(uint32_t a, uint32_t b) {
-    uint32_t out;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
     return out;
 }
 
@@ -123,14 +113,6 @@ DEVICE float4 load_coherent4(const float* from) {
     return out;
 }
 
-// Eight bytes to shared memory, zero where there is nothing to read; copies_arrived waits for this thread's.
-DEVICE void copy_async(void* to, const void* from, bool there) {
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from), "r"(there ? 8 : 0) : "memory");
-}
-
-DEVICE void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // A launch may begin before the one before it has ended: weights can be read at once, anything else, activations,
 // results and locks, after launched_before_is_done.
 DEVICE void next_may_launch() {
@@ -147,16 +129,11 @@ DEVICE void launched_before_is_done() {
 
 // ---- tensor cores -----------------------------------------------------------------------------------------
 
-// c[16 x 8] += a[16 x 16] * b[16 x 8] in float32
+// c[16 x 8] += a[16 x 16] * b[16 x 8], float16, in float32
 DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if (BF16)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // c[16 x 8] += a[16 x 32] * b[32 x 8], unsigned times signed bytes
@@ -207,12 +184,12 @@ struct Residual {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
             if (next + i * LANES < end) add(entry_column(entry[i]), entry_value(entry[i]));
-        for (int at = next + AHEAD * LANES; at < end; at += 4 * LANES) {
-            Entry more[4];
+        for (int at = next + AHEAD * LANES; at < end; at += 8 * LANES) {
+            Entry more[8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) more[i] = entries[min(at + i * LANES, end - 1)];
+            for (int i = 0; i < 8; ++i) more[i] = entries[min(at + i * LANES, end - 1)];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
+            for (int i = 0; i < 8; ++i)
                 if (at + i * LANES < end) add(entry_column(more[i]), entry_value(more[i]));
         }
     }
