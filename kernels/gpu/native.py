@@ -52,14 +52,17 @@ class Matvec(NamedTuple):
         return f"MATVEC({self.n_tiles}, {str(self.single).lower()}, {', '.join(map(str, self[2:6]))})"
 
     def shared(self, w: Weights, batch: int) -> int:
-        """Bytes of shared memory: activations, two times tables, two times sums."""
-        rows = 16 * self.row_warps
-        tiles = -(-w.codes.shape[1] // self.splits)
-        activations = tiles * batch * 128 + -(-batch // 4) * 16
-        if not w.lut:
-            halves = 1 if w.group_size % 64 == 0 else 2
-            activations += tiles * halves * (1 if self.single else -(-batch // 2) * 2) * 8
-        tables = 2 * self.row_warps * _table_bytes(w.bits, self.row_warps) if w.lut else 0
+        """Bytes of shared memory, as matvec.cu lays it out."""
+        tiles, rows = -(-w.codes.shape[1] // self.splits), 16 * self.row_warps
+        places = 1 if self.single else 8 * self.n_tiles
+        activations = tiles * places * 128 + -(-batch // 4) * 16
+        tables = 0
+        if w.lut:
+            tables = (
+                2 * self.row_warps * _table_bytes(w.bits, self.row_warps) + _table_bytes(w.bits, self.row_warps) // 2
+            )
+        else:
+            activations += tiles * (1 if w.group_size % 64 == 0 else 2) * max(16, places * 8)
         return activations + tables + 2 * (self.column_warps + 1) * batch * (rows + 4) * 4
 
     def grid(self, w: Weights, multiprocessors: int) -> tuple[int, int, int]:
@@ -221,7 +224,7 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
     module.kernel("expand_rows")(
         (-(-count // 16), parts, 1),
         256,
-        _table_bytes(w.bits, 1) if w.lut else 0,
+        _table_bytes(w.bits, 1) * 3 // 2 if w.lut else 0,  # it begins at a multiple of a half
         arguments,
         torch.cuda.current_stream(device).cuda_stream,
     )

@@ -80,6 +80,7 @@ struct Tables {
     static constexpr int PAIRS = 1 << (2 * BITS);
     static constexpr int WORDS_A_HALF = PAIRS * SLOTS;
     static constexpr int WORDS_A_TILE = 2 * WORDS_A_HALF;
+    static constexpr int ALIGNMENT = WORDS_A_HALF * 4;  // the bits of a pair are zero in an address
     static constexpr int SHIFT = SLOTS == 32 ? 7 : SLOTS == 16 ? 6 : 5;  // pair to byte offset
 };
 
@@ -131,38 +132,38 @@ struct NextTables {
     }
 };
 
+// `base` is the shared address of the row tile's tables and the lane's slot.
 template <int WR, int P>
-DEVICE uint32_t lut_pair(const uint32_t (&words)[WORDS], const char* tables, uint32_t base) {
+DEVICE uint32_t lut_pair(const uint32_t (&words)[WORDS], uint32_t base) {
     using T = Tables<WR>;
     constexpr int field = 2 * BITS, count = 32 / field;
     constexpr uint32_t mask = uint32_t(T::PAIRS - 1) << T::SHIFT;
-    uint32_t offset;
+    uint32_t address;
     if constexpr (P < count * WORDS) {
         constexpr int at = P % count * field - T::SHIFT;
         const uint32_t word = words[P / count];
-        offset = mask_or<mask>(at >= 0 ? word >> (at & 31) : word << (-at & 31), base);
+        address = mask_or<mask>(at >= 0 ? word >> (at & 31) : word << (-at & 31), base);
     } else {  // the pair whose bits are what 3-bit fields left over
         const uint32_t pair = words[0] >> 30 | (words[1] >> 30) << 2 | (words[2] >> 30) << 4;
-        offset = pair << T::SHIFT | base;
+        address = pair << T::SHIFT | base;
     }
-    return *reinterpret_cast<const uint32_t*>(tables + (P & 1) * T::WORDS_A_HALF * 4 + offset);
+    return shared_load<(P & 1) * T::WORDS_A_HALF * 4>(address);
 }
 
 // ---- the product ------------------------------------------------------------------------------------------
 
 struct Meta {  // of a group
-    uint32_t scales;
-    uint16_t zeros;
+    uint32_t scales, zeros;
 };
 
 // The operand of the 16 columns F: registers of rows g and g + 8, twice.
 template <int F, int WR>
-DEVICE void fragment(uint32_t (&a)[4], const uint32_t (&words)[WORDS], const char* tables, uint32_t base) {
+DEVICE void fragment(uint32_t (&a)[4], const uint32_t (&words)[WORDS], uint32_t base) {
 #if LUT
-    a[0] = lut_pair<WR, 4 * F>(words, tables, base);
-    a[1] = lut_pair<WR, 4 * F + 1>(words, tables, base);
-    a[2] = lut_pair<WR, 4 * F + 2>(words, tables, base);
-    a[3] = lut_pair<WR, 4 * F + 3>(words, tables, base);
+    a[0] = lut_pair<WR, 4 * F>(words, base);
+    a[1] = lut_pair<WR, 4 * F + 1>(words, base);
+    a[2] = lut_pair<WR, 4 * F + 2>(words, base);
+    a[3] = lut_pair<WR, 4 * F + 3>(words, base);
 #else
     a[0] = uniform_pair<2 * F, 0>(words);
     a[1] = uniform_pair<2 * F, 1>(words);
@@ -174,11 +175,13 @@ DEVICE void fragment(uint32_t (&a)[4], const uint32_t (&words)[WORDS], const cha
 // What the sums of an activation begin with, and the sum of its elements; of a tile, or of half a tile.
 typedef float2 Sums;
 
-// Activations in shared memory: [tiles][2 halves][batch][4 lanes][2 runs of 16 columns][4], float16, so that a lane reads
-// 16 bytes of half a tile. `factors` are the powers of two that bring the elements back.
-template <int THREADS, bool ONE>
+// Activations in shared memory: [tiles][2 halves][PLACES][4 lanes][2 runs of 16 columns][4], float16, so that a lane reads
+// 16 bytes of half a tile; nothing is in the places of activations that there are not. [tiles, or halves][PLACES] sums,
+// twice for a single activation. `factors` are the powers of two that bring the elements back.
+template <int THREADS, int PLACES>
 DEVICE void take_activations(const Arguments& in, char* x_shared, Sums* tile_sums, float* factors, int begin, int stop,
-                             int batch, int pitch) {
+                             int batch) {
+    constexpr bool ONE = PLACES == 1;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, columns = min(stop * 64, in.columns) - begin * 64;
     uint32_t* const largest = reinterpret_cast<uint32_t*>(factors);
     for (int m = threadIdx.x; m < batch; m += THREADS) largest[m] = 0;
@@ -201,6 +204,7 @@ DEVICE void take_activations(const Arguments& in, char* x_shared, Sums* tile_sum
     }
     __syncthreads();
     const int tiles = stop - begin;
+    const uint32_t sixteen = 0xFFFFu << (lane & 16);  // lanes that share a tile: the other half may have none left
     for (int i = threadIdx.x; i < tiles * batch * 16; i += THREADS) {
         const int q = i & 15, m = ONE ? 0 : (i >> 4) % batch, tile = ONE ? i >> 4 : (i >> 4) / batch;
         const int column = tile * 64 + q * 4;
@@ -220,7 +224,7 @@ DEVICE void take_activations(const Arguments& in, char* x_shared, Sums* tile_sum
         halves.x = half_pair(v[0] * factor, v[1] * factor);
         halves.y = half_pair(v[2] * factor, v[3] * factor);
         const int f = q >> 2, t = q & 3;
-        *reinterpret_cast<uint2*>(x_shared + tile * batch * 128 + ((f >> 1) * batch + m) * 64 + t * 16 + (f & 1) * 8) =
+        *reinterpret_cast<uint2*>(x_shared + tile * PLACES * 128 + ((f >> 1) * PLACES + m) * 64 + t * 16 + (f & 1) * 8) =
             halves;
         if (!LUT) {
             const float low = half_to_float(halves.x & 0xFFFF) + half_to_float(halves.x >> 16);
@@ -231,11 +235,14 @@ DEVICE void take_activations(const Arguments& in, char* x_shared, Sums* tile_sum
                 if (f == j) raised = raised_by(2 * j) * low + raised_by(2 * j + 1) * high;
 #pragma unroll
             for (int step = HALVES ? 4 : 8; step > 0; step /= 2) {
-                raised += __shfl_xor_sync(0xFFFFFFFFu, raised, step);
-                plain += __shfl_xor_sync(0xFFFFFFFFu, plain, step);
+                raised += __shfl_xor_sync(sixteen, raised, step);
+                plain += __shfl_xor_sync(sixteen, plain, step);
             }
-            if (q % (HALVES ? 8 : 16) == 0)
-                tile_sums[(HALVES ? tile * 2 + q / 8 : tile) * pitch + m] = make_float2(-raised, plain);
+            const int of = HALVES ? tile * 2 + q / 8 : tile;
+            if (q % (HALVES ? 8 : 16) == 0) {
+                if (ONE) tile_sums[2 * of] = tile_sums[2 * of + 1] = make_float2(-raised, plain);
+                if (!ONE) tile_sums[of * PLACES + m] = make_float2(-raised, plain);
+            }
         }
     }
     __syncthreads();
@@ -262,37 +269,42 @@ DEVICE void matvec(const Arguments& in) {
     // columns of this block, in tiles, and how many of them this warp reads
     const int share = (in.tiles + gridDim.y - 1) / gridDim.y;
     const int begin = min(in.tiles, int(blockIdx.y) * share), stop = min(in.tiles, begin + share);
-    const int count = max(0, (stop - begin - wk + WK - 1) / WK), padded = (count + AHEAD - 1) / AHEAD * AHEAD;
+    const int count = max(0, (stop - begin - wk + WK - 1) / WK);
 
-    // activations; [tiles, or halves][pitch] of their sums; [batch] factors; two of tables; two of [WK + 1][batch][PITCH]
-    const int pitch = ONE ? 1 : (batch + 1) / 2 * 2;
-    char* const x_shared = shared;
-    Sums* const tile_sums = reinterpret_cast<Sums*>(x_shared + share * batch * 128);
-    float* const factors = reinterpret_cast<float*>(tile_sums + (LUT ? 0 : share * HALF_COUNT * pitch));
-    char* const tables = reinterpret_cast<char*>(factors + (batch + 3) / 4 * 4);
-    float* const reduced =
-        reinterpret_cast<float*>(tables + (LUT ? 2 * WR * Tables<WR>::WORDS_A_TILE * 4 : 0));
+    // two of tables; activations; their sums; [batch] factors; two of [WK + 1][batch][PITCH] sums
+    constexpr int PLACES = ONE ? 1 : 8 * NT, TILE_BYTES = PLACES * 128, SUMS_BYTES = ONE ? 16 : PLACES * 8;
+    constexpr int TABLE_BYTES = LUT ? WR * Tables<WR>::WORDS_A_TILE * 4 : 0;
+    uint32_t table_at = shared_address(shared);
+    if (LUT) table_at = (table_at + Tables<WR>::ALIGNMENT - 1) / Tables<WR>::ALIGNMENT * Tables<WR>::ALIGNMENT;
+    char* const tables = shared + (table_at - shared_address(shared));
+    char* const x_shared = tables + 2 * TABLE_BYTES;
+    Sums* const tile_sums = reinterpret_cast<Sums*>(x_shared + share * TILE_BYTES);
+    float* const factors =
+        reinterpret_cast<float*>(x_shared + share * (TILE_BYTES + (LUT ? 0 : HALF_COUNT * SUMS_BYTES)));
+    float* const reduced = factors + (batch + 3) / 4 * 4;
     const int reduced_size = (WK + 1) * batch * PITCH;
 
     uint32_t words[AHEAD][WORDS];
     Meta meta[AHEAD][HALF_COUNT];
-    // where the stretch that is asked for begins
+    // of the tile that is asked for into slot 0
     const uint32_t* codes;
     const uint32_t* scales;
     const uint16_t* zeros;
+    uint32_t four_tiles;
     const auto go_to = [&](int stretch) {
         const int64_t row_tile = min(stretch * WR + wr, row_tiles - 1);
-        codes = in.codes + (row_tile * in.tiles + begin + wk) * (32 * WORDS);
+        codes = in.codes + (row_tile * in.tiles + begin + wk) * (32 * WORDS) + words_before<WORDS>(lane);
         scales = in.params + row_tile * in.groups * 8 + g;
         zeros = in.zeros + row_tile * in.groups * 8 + g;
+        four_tiles = 4 * (begin + wk);
     };
-    const auto ask = [&](int slot, int index) {
-        load_words<WORDS>(words[slot], codes + index * (WK * 32 * WORDS), lane);
+    const auto ask = [&](int slot) {
+        load_words<WORDS>(words[slot], codes + slot * (WK * 32 * WORDS), lane);
         if (!LUT)
 #pragma unroll
             for (int half = 0; half < HALF_COUNT; ++half) {
-                int group = __umulhi(uint32_t((begin + wk + index * WK) * 2 + half) * 2, in.group_factor);
-                if (HALVES) group = min(group, in.groups - 1);  // the second half may lie behind the last column
+                uint32_t group = __umulhi(four_tiles + 4 * slot * WK + 2 * half, in.group_factor);
+                if (HALVES) group = min(int(group), in.groups - 1);  // the second half may lie behind the last column
                 meta[slot][half].scales = load1(scales + group * 8);
                 meta[slot][half].zeros = zeros[group * 8];
             }
@@ -301,7 +313,7 @@ DEVICE void matvec(const Arguments& in) {
     go_to(stretch);
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
-        if (i < count) ask(i, i);
+        if (i < count) ask(i);
     Residual<LANES, 2> residual;
     residual.begin(in.indptr, stretch * ROWS + row, in.rows, lane_of_row);
 #if LUT
@@ -309,18 +321,16 @@ DEVICE void matvec(const Arguments& in) {
     NextTables<WR, THREADS> next_tables;
     next_tables.ask(reinterpret_cast<const uint16_t*>(in.params), stretch * ROWS, in.rows);
     next_tables.store(reinterpret_cast<uint32_t*>(tables));
-    const uint32_t base = wr * T::WORDS_A_TILE * 4 + lane / (4 / T::COPIES) * 4;
+    uint32_t base = table_at + wr * T::WORDS_A_TILE * 4 + lane / (4 / T::COPIES) * 4;
 #else
     const uint32_t base = 0;
 #endif
     residual.ask(in.entries);
 
     launched_before_is_done();
-    take_activations<THREADS, ONE>(in, x_shared, tile_sums, factors, begin, stop, batch, pitch);
-
-    int x_lane[NT];  // bytes
-#pragma unroll
-    for (int n = 0; n < NT; ++n) x_lane[n] = (ONE ? 0 : min(n * 8 + g, batch - 1) * 64) + t * 16;
+    take_activations<THREADS, PLACES>(in, x_shared, tile_sums, factors, begin, stop, batch);
+    const uint32_t first_x = shared_address(x_shared) + wk * TILE_BYTES + (ONE ? 0 : g * 64) + t * 16;
+    const uint32_t first_sums = shared_address(tile_sums) + wk * HALF_COUNT * SUMS_BYTES + (ONE ? 0 : t * 16);
 
     for (int parity = 0; stretch * WR < row_tiles; parity ^= 1) {
         const int next_stretch = stretch + gridDim.x;
@@ -329,82 +339,76 @@ DEVICE void matvec(const Arguments& in) {
         next_residual.begin(in.indptr, next_stretch * ROWS + row, in.rows, lane_of_row);
 #if LUT
         next_tables.ask(reinterpret_cast<const uint16_t*>(in.params), next_stretch * ROWS, in.rows);
-        const char* const tables_now = tables + parity * WR * T::WORDS_A_TILE * 4;
-#else
-        const char* const tables_now = nullptr;
 #endif
         float sums[NT][4] = {};
-        for (int first = 0; first < padded; first += AHEAD) {
-            const bool last = first + AHEAD >= padded;
-            if (last) go_to(next_stretch);
+        uint32_t x_at = first_x, sums_at = first_sums;
+        for (int left = count; left > 0; left -= AHEAD) {
+            int wanted = left - AHEAD;
+            if (wanted > 0) {
+                codes += AHEAD * WK * 32 * WORDS;
+                four_tiles += 4 * AHEAD * WK;
+            } else {
+                go_to(next_stretch);
+                wanted = more ? count : 0;
+            }
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) {
-                const int index = first + i;
-                uint32_t now[WORDS];
-                Meta meta_now[HALF_COUNT];
+                if (i < left) {
+                    float part[NT][4];
+                    float plain[NT][2];
+                    const auto start = [&](int half) {
 #pragma unroll
-                for (int w = 0; w < WORDS; ++w) now[w] = words[i][w];
-#pragma unroll
-                for (int half = 0; half < HALF_COUNT; ++half) meta_now[half] = meta[i][half];
-                const int next = last ? i : index + AHEAD;
-                if (next < count && (!last || more)) ask(i, next);
-                if (index >= count) continue;
-
-                const int tile = wk + index * WK;
-                const char* const x_tile = x_shared + tile * batch * 128;
-                float part[NT][4];
-                float plain[NT][2];
-                const auto start = [&](int half) {
-#pragma unroll
-                    for (int n = 0; n < NT; ++n) {
-                        const Sums* const at = tile_sums + (HALVES ? tile * 2 + half : tile) * pitch;
-                        if (ONE) {
-                            const Sums one = *at;
-                            part[n][0] = part[n][1] = part[n][2] = part[n][3] = one.x;
-                            plain[n][0] = plain[n][1] = one.y;
-                        } else {
-                            const float4 two =
-                                *reinterpret_cast<const float4*>(at + min(n * 8 + t * 2, pitch - 2));
-                            part[n][0] = part[n][2] = two.x;
-                            part[n][1] = part[n][3] = two.z;
+                        for (int n = 0; n < NT; ++n) {
+                            float4 two;
+                            shared_load4(two, sums_at + ((i * WK * HALF_COUNT + half) * SUMS_BYTES + n * 64));
+                            // of a single activation columns 1, 3 ... of the result mean nothing
+                            part[n][0] = two.x;
+                            part[n][1] = ONE ? two.y : two.z;
+                            part[n][2] = ONE ? two.z : two.x;
+                            part[n][3] = ONE ? two.w : two.z;
                             plain[n][0] = two.y;
                             plain[n][1] = two.w;
                         }
-                    }
-                };
-                const auto finish = [&](const Meta& of) {
-                    const float s0 = half_to_float(of.scales & 0xFFFF), s1 = half_to_float(of.scales >> 16);
-                    const float z0 = float(of.zeros & 0xFF), z1 = float(of.zeros >> 8);
+                    };
+                    const auto finish = [&](const Meta& of) {
+                        const float s0 = half_to_float(of.scales & 0xFFFF), s1 = half_to_float(of.scales >> 16);
+                        const float z0 = float(of.zeros & 0xFF), z1 = float(of.zeros >> 8);
 #pragma unroll
-                    for (int n = 0; n < NT; ++n) {
-                        sums[n][0] += s0 * (part[n][0] - z0 * plain[n][0]);
-                        sums[n][1] += s0 * (part[n][1] - z0 * plain[n][1]);
-                        sums[n][2] += s1 * (part[n][2] - z1 * plain[n][0]);
-                        sums[n][3] += s1 * (part[n][3] - z1 * plain[n][1]);
-                    }
-                };
-                uint32_t a[2][4];
-                const auto product = [&](int half) {
+                        for (int n = 0; n < NT; ++n) {
+                            sums[n][0] += s0 * (part[n][0] - z0 * plain[n][0]);
+                            sums[n][2] += s1 * (part[n][2] - z1 * plain[n][0]);
+                            if (ONE) continue;
+                            sums[n][1] += s0 * (part[n][1] - z0 * plain[n][1]);
+                            sums[n][3] += s1 * (part[n][3] - z1 * plain[n][1]);
+                        }
+                    };
+                    const auto half_tile = [&](int half, const uint32_t (&a0)[4], const uint32_t (&a1)[4]) {
 #pragma unroll
-                    for (int n = 0; n < NT; ++n) {
-                        const uint4 b = *reinterpret_cast<const uint4*>(x_tile + half * batch * 64 + x_lane[n]);
-                        multiply(LUT ? sums[n] : part[n], a[0], b.x, b.y);
-                        multiply(LUT ? sums[n] : part[n], a[1], b.z, b.w);
+                        for (int n = 0; n < NT; ++n) {
+                            uint4 b;
+                            shared_load4(b, x_at + (i * WK * TILE_BYTES + half * PLACES * 64 + n * 512));
+                            multiply(LUT ? sums[n] : part[n], a0, b.x, b.y);
+                            multiply(LUT ? sums[n] : part[n], a1, b.z, b.w);
+                        }
+                    };
+                    uint32_t a[4][4];
+                    if (!LUT) start(0);
+                    fragment<0, WR>(a[0], words[i], base);
+                    fragment<1, WR>(a[1], words[i], base);
+                    half_tile(0, a[0], a[1]);
+                    if (HALVES && !LUT) {
+                        finish(meta[i][0]);
+                        start(1);
                     }
-                };
-                if (!LUT) start(0);
-                fragment<0, WR>(a[0], now, tables_now, base);
-                fragment<1, WR>(a[1], now, tables_now, base);
-                product(0);
-                if (HALVES && !LUT) {
-                    finish(meta_now[0]);
-                    start(1);
+                    fragment<2, WR>(a[2], words[i], base);
+                    fragment<3, WR>(a[3], words[i], base);
+                    half_tile(1, a[2], a[3]);
+                    if (!LUT) finish(meta[i][HALF_COUNT - 1]);
                 }
-                fragment<2, WR>(a[0], now, tables_now, base);
-                fragment<3, WR>(a[1], now, tables_now, base);
-                product(1);
-                if (!LUT) finish(meta_now[HALF_COUNT - 1]);
+                if (i < wanted) ask(i);
             }
+            x_at += AHEAD * WK * TILE_BYTES;
+            sums_at += AHEAD * WK * HALF_COUNT * SUMS_BYTES;
         }
 
         // the warps' sums and the residual's, then one barrier: the other parity's were read before it
@@ -429,7 +433,7 @@ DEVICE void matvec(const Arguments& in) {
                     const int at = int(column) - begin * 64;
                     if (at < 0 || at >= columns) return;
                     const int f = at >> 4 & 3;
-                    const char* from = x_shared + (at >> 6) * batch * 128 + ((f >> 1) * batch + first) * 64 +
+                    const char* from = x_shared + (at >> 6) * TILE_BYTES + ((f >> 1) * PLACES + first) * 64 +
                                        (at >> 2 & 3) * 16 + (f & 1) * 8 + (at & 3) * 2;
 #pragma unroll
                     for (int m = 0; m < (ONE ? 1 : 8); ++m)
@@ -447,7 +451,8 @@ DEVICE void matvec(const Arguments& in) {
             residual.ask(in.entries);
         }
 #if LUT
-        next_tables.store(reinterpret_cast<uint32_t*>(tables + (parity ^ 1) * WR * T::WORDS_A_TILE * 4));
+        next_tables.store(reinterpret_cast<uint32_t*>(tables + (parity ^ 1) * TABLE_BYTES));
+        base += parity ? -TABLE_BYTES : TABLE_BYTES;
 #endif
         __syncthreads();
         for (int i = threadIdx.x; i < ROWS * batch; i += THREADS) {
@@ -486,85 +491,92 @@ DEVICE void matvec(const Arguments& in) {
 // ---- weights -----------------------------------------------------------------------------------------------
 
 // y [rows from first_row on, columns] = dense + sparse, rounded (where there is a residual, also before it is added). A
-// block for a row tile and a part of the columns; in.rows ends the part that is wanted.
-template <int AHEAD>
+// block for a row tile and a part of the columns; in.rows ends the part that is wanted. Through shared memory, so that a
+// warp writes whole lines of 128 bytes: the second-level cache takes few requests, not few bytes.
 DEVICE void expand(const Arguments& in, int first_row) {
-    constexpr int WARPS = 8, THREADS = 32 * WARPS, LANES = THREADS / 16;
+    constexpr int WARPS = 8, THREADS = 32 * WARPS, LANES = THREADS / 16, AHEAD = 2, LINE = 144;
     extern __shared__ __align__(16) char shared[];
+    __shared__ __align__(16) char lines[WARPS][16 * LINE];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int row_tile = first_row / 16 + blockIdx.x;
     const int share = (in.tiles + gridDim.y - 1) / gridDim.y;
     const int begin = blockIdx.y * share, stop = min(in.tiles, begin + share);
-    const uint32_t* codes = in.codes + int64_t(row_tile) * in.tiles * (32 * WORDS);
+    const uint32_t* const codes = in.codes + int64_t(row_tile) * in.tiles * (32 * WORDS) + words_before<WORDS>(lane);
 
     uint32_t words[AHEAD][WORDS];
+    Meta meta[AHEAD][2];
+    const auto ask = [&](int slot, int tile) {
+        if (tile >= stop) return;
+        load_words<WORDS>(words[slot], codes + int64_t(tile) * (32 * WORDS), lane);
+        if (!LUT)
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-        if (begin + warp + i * WARPS < stop)
-            load_words<WORDS>(words[i], codes + int64_t(begin + warp + i * WARPS) * (32 * WORDS), lane);
+            for (int half = 0; half < (HALVES ? 2 : 1); ++half) {
+                uint32_t group = __umulhi(uint32_t(4 * tile + 2 * half), in.group_factor);
+                if (HALVES) group = min(int(group), in.groups - 1);
+                const int64_t at = (int64_t(row_tile) * in.groups + group) * 8 + g;
+                meta[slot][half].scales = in.params[at];
+                meta[slot][half].zeros = in.zeros[at];
+            }
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) ask(i, begin + warp + i * WARPS);
     Residual<LANES, 2> residual;
     residual.begin(in.indptr, row_tile * 16 + threadIdx.x / LANES, in.rows, threadIdx.x % LANES);
     uint32_t base = 0;
 #if LUT
+    base = (shared_address(shared) + Tables<1>::ALIGNMENT - 1) / Tables<1>::ALIGNMENT * Tables<1>::ALIGNMENT;
     NextTables<1, THREADS> tables;
     tables.ask(reinterpret_cast<const uint16_t*>(in.params), row_tile * 16, in.rows);
-    tables.store(reinterpret_cast<uint32_t*>(shared));
-    base = lane / (4 / Tables<1>::COPIES) * 4;
+    tables.store(reinterpret_cast<uint32_t*>(shared + (base - shared_address(shared))));
+    base += lane / (4 / Tables<1>::COPIES) * 4;
     __syncthreads();
 #endif
     residual.ask(in.entries);
     uint16_t* const out = in.y + int64_t(blockIdx.x) * 16 * in.columns;
-    const bool upper = row_tile * 16 + g < in.rows, lower = row_tile * 16 + g + 8 < in.rows;
+    char* const line = lines[warp];
 
     for (int first = begin + warp; first < stop; first += AHEAD * WARPS) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             const int tile = first + i * WARPS;
             if (tile >= stop) break;
-            uint32_t now[WORDS];
+            uint32_t a[4][4];
+            fragment<0, 1>(a[0], words[i], base);
+            fragment<1, 1>(a[1], words[i], base);
+            fragment<2, 1>(a[2], words[i], base);
+            fragment<3, 1>(a[3], words[i], base);
 #pragma unroll
-            for (int w = 0; w < WORDS; ++w) now[w] = words[i][w];
-            if (tile + AHEAD * WARPS < stop)
-                load_words<WORDS>(words[i], codes + int64_t(tile + AHEAD * WARPS) * (32 * WORDS), lane);
-            float scale[2], less[2][8];  // by row half: the scale, and it times what is to be taken off
-            const auto group_of = [&](int half) {
-                int group = __umulhi(uint32_t(tile * 2 + half) * 2, in.group_factor);
-                if (HALVES) group = min(group, in.groups - 1);
-                const int64_t at = (int64_t(row_tile) * in.groups + group) * 8 + g;
-                const uint32_t two = in.params[at], zeros = in.zeros[at];
+            for (int h = 0; h < 2; ++h)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    scale[h] = half_to_float(h ? two >> 16 : two & 0xFFFF);
-#pragma unroll
-                    for (int c = 0; c < 8; ++c) less[h][c] = raised_by(c) + float(h ? zeros >> 8 : zeros & 0xFF);
+                for (int f = 0; f < 4; ++f) {
+                    const Meta& of = meta[i][HALVES ? f / 2 : 0];
+                    const float scale = half_to_float(h ? of.scales >> 16 : of.scales & 0xFFFF);
+                    const float zero = float(h ? of.zeros >> 8 : of.zeros & 0xFF);
+                    const auto value = [&](uint32_t two, int c) {
+                        const float low = half_to_float(two & 0xFFFF), high = half_to_float(two >> 16);
+                        if (LUT) return BF16 ? pair_from_floats(low, high) : two;
+                        const float less = raised_by(c) + zero;
+                        return pair_from_floats((low - less) * scale, (high - less) * scale);
+                    };
+                    *reinterpret_cast<uint2*>(line + (g + 8 * h) * LINE + f * 32 + t * 8) =
+                        make_uint2(value(a[f][h], 2 * f), value(a[f][2 + h], 2 * f + 1));
                 }
-            };
-            const auto scaled = [&](uint32_t two, int h, int c) {
-                const float low = half_to_float(two & 0xFFFF), high = half_to_float(two >> 16);
-                if (LUT) return BF16 ? pair_from_floats(low, high) : two;
-                return pair_from_floats((low - less[h][c]) * scale[h], (high - less[h][c]) * scale[h]);
-            };
-            const auto store = [&](int f, const uint32_t (&a)[4]) {
-                const int column = tile * 64 + f * 16 + t * 4;
-                if (TAIL && column >= in.columns) return;
-                if (upper)
-                    *reinterpret_cast<uint2*>(out + int64_t(g) * in.columns + column) =
-                        make_uint2(scaled(a[0], 0, 2 * f), scaled(a[2], 0, 2 * f + 1));
-                if (lower)
-                    *reinterpret_cast<uint2*>(out + int64_t(g + 8) * in.columns + column) =
-                        make_uint2(scaled(a[1], 1, 2 * f), scaled(a[3], 1, 2 * f + 1));
-            };
-            uint32_t a[4];
-            if (!LUT) group_of(0);
-            fragment<0, 1>(a, now, shared, base);
-            store(0, a);
-            fragment<1, 1>(a, now, shared, base);
-            store(1, a);
-            if (HALVES && !LUT) group_of(1);
-            fragment<2, 1>(a, now, shared, base);
-            store(2, a);
-            fragment<3, 1>(a, now, shared, base);
-            store(3, a);
+            ask(i, tile + AHEAD * WARPS);
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int r = j * 4 + lane / 8, column = tile * 64 + lane % 8 * 8;
+                if (row_tile * 16 + r >= in.rows) continue;
+                const uint4 eight = *reinterpret_cast<const uint4*>(line + r * LINE + lane % 8 * 16);
+                uint16_t* const to = out + int64_t(r) * in.columns + column;
+                if (!TAIL) {
+                    *reinterpret_cast<uint4*>(to) = eight;
+                } else {  // rows begin at multiples of 8 bytes
+                    if (column < in.columns) *reinterpret_cast<uint2*>(to) = make_uint2(eight.x, eight.y);
+                    if (column + 4 < in.columns) *reinterpret_cast<uint2*>(to + 4) = make_uint2(eight.z, eight.w);
+                }
+            }
+            __syncwarp();
         }
     }
     if (in.indptr == nullptr) return;
@@ -577,7 +589,7 @@ DEVICE void expand(const Arguments& in, int first_row) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) expand_rows(const __grid_constant__ Arguments in) {
-    expand<2>(in, in.batch);  // the first row
+    expand(in, in.batch);  // the first row
 }
 
 #define MATVEC(NT, ONE, WR, WK, AHEAD, BLOCKS)                                                                       \

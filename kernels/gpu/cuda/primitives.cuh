@@ -79,24 +79,52 @@ DEVICE uint32_t load1(const uint32_t* from) {
     return out;
 }
 
-// Words of a lane in a block of 32 * W words: as wide loads as W allows, each of them contiguous over the warp.
+// Words of a lane in a block of 32 * W words: as wide loads as W allows, each of them contiguous over the warp. `from` is
+// the block and words_before(lane).
 template <int W>
-DEVICE void load_words(uint32_t (&to)[W], const uint32_t* block, int lane) {
+DEVICE int words_before(int lane) {
+    return lane * (W % 4 == 0 ? 4 : 2);
+}
+
+template <int W>
+DEVICE void load_words(uint32_t (&to)[W], const uint32_t* from, int lane) {
     if constexpr (W == 2) {
-        load2(to[0], to[1], block + lane * 2);
+        load2(to[0], to[1], from);
     } else if constexpr (W == 3) {
-        load2(to[0], to[1], block + lane * 2);
-        to[2] = load1(block + 64 + lane);
+        load2(to[0], to[1], from);
+        to[2] = load1(from + 64 - lane);
     } else {
         static_assert(W % 4 == 0, "words of a lane");
 #pragma unroll
         for (int i = 0; i < W; i += 4) {
             uint32_t four[4];
-            load(four, block + i * 32 + lane * 4);
+            load(four, from + i * 32);
 #pragma unroll
             for (int j = 0; j < 4; ++j) to[i + j] = four[j];
         }
     }
+}
+
+// Shared memory by its 32-bit address; volatile, for barriers order what the compiler does not see to be memory.
+DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+
+template <int OFFSET>
+DEVICE uint32_t shared_load(uint32_t address) {
+    uint32_t out;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(out) : "r"(address), "n"(OFFSET));
+    return out;
+}
+
+DEVICE void shared_load4(uint4& to, uint32_t address) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+                 : "r"(address));
+}
+
+DEVICE void shared_load4(float4& to, uint32_t address) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w)
+                 : "r"(address));
 }
 
 DEVICE float load_coherent(const float* from) {

@@ -185,7 +185,9 @@ DEVICE void trellis(const Arguments& in) {
     const auto ask = [&](int slot, int row_block, int unit, int step) {
         if (unit < end && row_block < row_blocks)
             load_words<BITS>(words[slot],
-                             in.codes + ((int64_t(row_block) * units + unit) * STEPS + step) * (32 * BITS), lane);
+                             in.codes + ((int64_t(row_block) * units + unit) * STEPS + step) * (32 * BITS) +
+                                 words_before<BITS>(lane),
+                             lane);
     };
     int row_block = blockIdx.x;
 #pragma unroll
