@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import cpu, kernel_path, linear, reference, repack
 from ..bitstream import pack_codes
-from . import gpu
+from . import gpu, tune
 
 SHAPES = ((4096, 4096), (14336, 4096), (576, 576), (1536, 576), (576, 1536), (960, 576), (3072, 576))
 """``(out_features, in_features)``; SmolLM2-135M's layers, the last two as vLLM fuses them."""
@@ -221,8 +221,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1, help="seconds spent on one figure (default: 0.1)")
     parser.add_argument("--activation-bits", type=int, choices=(8, 16), default=16, help="default: 16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu; see bench/gpu.py")
+    parser.add_argument("--tune", action="store_true", help="cuda: first measure which kernels to use, and keep that")
     options = parser.parse_args()
     if options.device == "cuda":
+        if options.tune:
+            tune.tune()
         gpu.main(options.json)
         return
     if options.threads:

@@ -9,6 +9,7 @@ beside that of a bfloat16 product of the dequantized weight. For one activation 
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def microseconds(calls: Sequence[Callable[[], object]], replays: int = 9) -> flo
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times: list[float] = []
     for index in range(replays + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -114,7 +115,7 @@ def copy_bandwidth() -> float:
     """Bytes a second that a copy between two large blocks reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_(0, 255)
     target = torch.empty_like(source)
-    times = []
+    times: list[float] = []
     for _ in range(11):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -144,7 +145,7 @@ class Layers:
 
     def microseconds(self, x: Tensor) -> float:
         count = len(self.copies) if x.shape[0] <= 64 else 2
-        return microseconds([lambda i=i: self(x, i) for i in range(count)])  # type: ignore[misc]
+        return microseconds([partial(self, x, i) for i in range(count)])
 
 
 def measure(
@@ -157,7 +158,7 @@ def measure(
     dense = [
         torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(max(2, (400 << 20) // (rows * columns * 2)))
     ]
-    peer = {batch: microseconds([lambda w=w, x=x: x @ w.t() for w in dense]) for batch, x in inputs.items()}
+    peer = {batch: microseconds([partial(torch.mm, x, w.t()) for w in dense]) for batch, x in inputs.items()}
     del dense
     for form in formats:
         alone: dict[float, float] = {}

@@ -19,7 +19,7 @@ __all__ = ["Kernel", "Module", "NvrtcError", "available", "cache_folder"]
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _INVALID_CONTEXT = 201
-_DEFAULT_SHARED = 48 << 10
+_DEFAULT_SHARED = 16 << 10  # with what a kernel declares itself less than the 48 KB that need no permission
 
 
 class NvrtcError(RuntimeError):

@@ -50,7 +50,8 @@ def by_lanes(words: Tensor) -> Tensor:
     """Order the words of lanes for wide loads: int32 ``[..., 32, words]`` to ``[..., 32 · words]``."""
     count = words.shape[-1]
     if count % 4 == 0:
-        return words.unflatten(-1, (count // 4, 4)).transpose(-2, -3).flatten(-3)
+        by_fours: Tensor = words.unflatten(-1, (count // 4, 4)).transpose(-2, -3).flatten(-3)
+        return by_fours
     if count == 2:
         return words.flatten(-2)
     return torch.cat([words[..., :2].flatten(-2), words[..., 2]], -1)

@@ -9,26 +9,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import tuning
 from .driver import Module
 from .weights import Weights, tiled
 
 __all__ = [
     "MATVEC_VARIANTS",
     "MOST",
-    "MOST_TRELLIS",
+    "TRELLIS_VARIANTS",
     "Matvec",
     "TrellisVariant",
     "expand",
+    "expand_trellis",
     "matvec",
+    "matvec_candidates",
     "matvec_variant",
     "takes_trellis",
     "trellis",
     "trellis_variant",
 ]
 
-MOST, MOST_TRELLIS = 64, 16
-"""Activations that the fused kernels take: where they are faster than expanded weights."""
-_SHARED = 200 << 10  # bytes of a multiprocessor's shared memory that blocks may take
+MOST = 64
+"""Activations that the fused kernels take."""
+_SHARED = 224 << 10  # bytes of a multiprocessor's shared memory that blocks may take
 _RECORD = 144  # bytes of 64 columns of a rotated activation, see trellis.cu
 
 
@@ -117,29 +120,69 @@ class _TrellisArguments(ctypes.Structure):
 
 MATVEC_VARIANTS = (
     Matvec(1, True, 1, 16, 2, 2),
+    Matvec(1, True, 1, 8, 2, 4),
+    Matvec(1, True, 1, 8, 4, 3),
     Matvec(1, False, 2, 8, 4, 1),
+    Matvec(1, False, 1, 16, 2, 2),
+    Matvec(1, False, 1, 8, 2, 3),
     Matvec(2, False, 2, 8, 4, 1),
+    Matvec(2, False, 1, 16, 4, 1),
     Matvec(4, False, 2, 8, 2, 1),
     Matvec(8, False, 2, 4, 2, 1),
 )
-"""By the number of activations: one, and up to 8, 16, 32 and 64."""
+"""All that are compiled; tuning tables name them by their index."""
+TRELLIS_VARIANTS = tuple(
+    TrellisVariant(n_tiles, lanes, 4, 3 - n_tiles) for n_tiles in (1, 2) for lanes in (2, 4, 8, 16)
+)
+_FIRST = {1: 0, 8: 3, 16: 6, 32: 8, 64: 9}  # untuned: of MATVEC_VARIANTS, by batch class
 
 
-def matvec_variant(w: Weights, batch: int) -> Matvec:
-    """The variant for a layer and a batch."""
-    chosen = MATVEC_VARIANTS[(batch > 1) + (batch > 8) + (batch > 16) + (batch > 32)]
-    tiles = w.codes.shape[1]
-    while chosen.shared(w, batch) * chosen.blocks > _SHARED and chosen.splits < tiles:
+def matvec_candidates(w: Weights, batch: int) -> list[Matvec]:
+    """Variants that can serve a layer and a batch."""
+    size, tiles = tuning.batch_class(batch), w.codes.shape[1]
+    fitting = [v for v in MATVEC_VARIANTS if v.single == (size == 1) and 8 * v.n_tiles == max(size, 8)]
+    every = [
+        v._replace(splits=splits)
+        for v in fitting
+        for splits in ((1, 2) if size == 1 else (1, 2, 4, 8))
+        if splits <= tiles
+    ]
+    return [v for v in every if v.shared(w, size) <= _SHARED]
+
+
+def matvec_variant(w: Weights, batch: int) -> Matvec | None:
+    """The variant for a layer and a batch; None where expanded weights are faster."""
+    size, tiles = tuning.batch_class(batch), w.codes.shape[1]
+    known, entry = _tuned(w, batch)
+    if known:
+        return None if entry is None else MATVEC_VARIANTS[entry[0]]._replace(splits=entry[1])
+    if size == 64:
+        return None
+    # a class has the same variant throughout, so that a row has the same sums in every batch of it
+    chosen = MATVEC_VARIANTS[_FIRST[size]]
+    while chosen.shared(w, size) * chosen.blocks > _SHARED and chosen.splits < tiles:
         chosen = chosen._replace(splits=min(2 * chosen.splits, tiles))
-    return chosen
+    return chosen if chosen.shared(w, size) <= _SHARED else None
 
 
-def trellis_variant(w: Weights, batch: int) -> TrellisVariant:
-    """The variant for a layer and a batch."""
-    splits = 1
-    while splits < 8 and w.in_features // splits >= 1024:
-        splits *= 2
-    return TrellisVariant(1 if batch <= 4 else 2, 2 * splits, 4, 2 if batch <= 4 else 1)
+def trellis_variant(w: Weights, batch: int) -> TrellisVariant | None:
+    """The variant for a layer and a batch; None where expanded weights are faster."""
+    known, entry = _tuned(w, batch)
+    first = 0 if batch <= 4 else 4  # those of four activations, of eight
+    if known:
+        return None if entry is None else TRELLIS_VARIANTS[first + entry[0]]
+    if batch > 16:
+        return None
+    index = 0
+    while index < 3 and w.in_features >> index >= 1024:
+        index += 1
+    return TRELLIS_VARIANTS[first + index]
+
+
+def _tuned(w: Weights, batch: int) -> tuple[bool, list[int] | None]:
+    if not w.codes.is_cuda:
+        return False, None
+    return tuning.lookup(w.codes.get_device(), f"{w.kind}{w.bits}", w.out_features, w.in_features, batch)
 
 
 @cache
@@ -159,14 +202,19 @@ def _source(name: str) -> str:
 
 
 @cache
-def _module(name: str, instances: str, defines: tuple[tuple[str, int], ...], device: int) -> Module:
-    return Module(_source(name) + instances, dict(defines))
+def _module(name: str, defines: tuple[tuple[str, int], ...], device: int) -> Module:
+    variants: Sequence[Matvec | TrellisVariant] = MATVEC_VARIANTS if name == "matvec" else TRELLIS_VARIANTS
+    module = Module(_source(name) + "\n".join(variant.instance for variant in variants), dict(defines))
+    # all at once: nothing is left to be loaded when a graph is captured
+    extra = ("expand_rows",) if name == "matvec" else ("rotate_activations", "expand_strings")
+    for kernel in (*extra, *(variant.name for variant in variants)):
+        module.kernel(kernel)
+    return module
 
 
-def _compiled(name: str, variants: Sequence[Matvec | TrellisVariant], w: Weights, x: Tensor, **defines: int) -> Module:
+def _compiled(name: str, w: Weights, x: Tensor, **defines: int) -> Module:
     defines |= {"BITS": w.bits, "BF16": int(x.dtype == torch.bfloat16), "WIDE": int(w.wide)}
-    instances = "\n".join(variant.instance for variant in dict.fromkeys(variants))
-    return _module(name, instances, tuple(sorted(defines.items())), x.get_device())
+    return _module(name, tuple(sorted(defines.items())), x.get_device())
 
 
 def _pointers(w: Weights) -> tuple[int | None, int]:
@@ -174,26 +222,25 @@ def _pointers(w: Weights) -> tuple[int | None, int]:
     return (w.sparse_indptr.data_ptr() if w.sparse_entries.numel() else None), w.sparse_entries.data_ptr()
 
 
-def matvec(w: Weights, x: Tensor, variant: Matvec | None = None) -> Tensor:
+def matvec(w: Weights, x: Tensor, variant: Matvec) -> Tensor:
     """``x · (dense + sparse)ᵀ`` of the ``uniform`` and ``lut`` kinds.
 
     Args:
         x: float16 or bfloat16 ``[batch, in_features]`` of up to ``MOST`` rows; in_features a multiple of 4, and rows a
             multiple of 8 bytes apart.
-        variant: another than :func:`matvec_variant` gives.
+        variant: see :func:`matvec_variant`.
     """
     batch, rows = x.shape[0], w.out_features
-    chosen = variant or matvec_variant(w, batch)
-    module = _matvec_module(w, x, variant)
+    module = _matvec_module(w, x)
     y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
-    splits = chosen.splits
+    splits = variant.splits
     partial = torch.empty(splits, batch, rows, dtype=torch.float32, device=x.device) if splits > 1 else y
     arguments = _matvec_arguments(w, x, y, partial)
     device = x.get_device()
-    module.kernel(chosen.name)(
-        chosen.grid(w, _multiprocessors(device)),
-        32 * chosen.row_warps * chosen.column_warps,
-        chosen.shared(w, batch),
+    module.kernel(variant.name)(
+        variant.grid(w, _multiprocessors(device)),
+        32 * variant.row_warps * variant.column_warps,
+        variant.shared(w, batch),
         arguments,
         torch.cuda.current_stream(device).cuda_stream,
         _overlaps(device),
@@ -215,7 +262,7 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
     out = torch.empty(count, columns, dtype=dtype, device=w.codes.device)
     if count == 0:
         return out
-    module = _matvec_module(w, out, None)
+    module = _matvec_module(w, out)
     tiles = w.codes.shape[1]
     arguments = _matvec_arguments(w, out, out, out)
     arguments.rows, arguments.batch = first_row + count, first_row
@@ -231,10 +278,9 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
     return out
 
 
-def _matvec_module(w: Weights, x: Tensor, variant: Matvec | None) -> Module:
+def _matvec_module(w: Weights, x: Tensor) -> Module:
     return _compiled(
         "matvec",
-        MATVEC_VARIANTS if variant is None else (variant,),
         w,
         x,
         LUT=int(w.lut),
@@ -263,19 +309,18 @@ def _matvec_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _Mat
     )
 
 
-def trellis(w: Weights, x: Tensor, variant: TrellisVariant | None = None) -> Tensor:
+def trellis(w: Weights, x: Tensor, variant: TrellisVariant) -> Tensor:
     """``x · (dense + sparse)ᵀ`` of the ``trellis`` kind, see :func:`takes_trellis`.
 
     Args:
         x: float16 or bfloat16 ``[batch, in_features]``, rows a multiple of 8 bytes apart.
-        variant: another than :func:`trellis_variant` gives.
+        variant: see :func:`trellis_variant`.
     """
     batch, columns = x.shape
     rows = w.out_features
-    chosen = variant or trellis_variant(w, batch)
-    module = _compiled("trellis", (chosen,), w, x, STATE_BITS=w.state_bits)
+    module = _compiled("trellis", w, x, STATE_BITS=w.state_bits)
     y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
-    splits, most = chosen.lanes // 2, 4 * chosen.n_tiles
+    splits, most = variant.lanes // 2, 4 * variant.n_tiles
     partial = y
     if splits > 1:
         partial = torch.empty(splits + 1, batch, rows, dtype=torch.float32, device=x.device)
@@ -283,7 +328,24 @@ def trellis(w: Weights, x: Tensor, variant: TrellisVariant | None = None) -> Ten
     rotated = None
     if batch > 4:
         rotated = torch.empty(2 * pieces * batch * _RECORD, dtype=torch.uint8, device=x.device)
-    arguments = _TrellisArguments(
+    arguments = _trellis_arguments(w, x, y, partial)
+    arguments.rotated = None if rotated is None else rotated.data_ptr()
+    device = x.get_device()
+    stream, overlap = torch.cuda.current_stream(device).cuda_stream, _overlaps(device)
+    share = min(batch, most)
+    shared = 2 * (8 + 1) * share * 128 * 4
+    if rotated is None:
+        shared += (2 * -(-pieces // splits) + 1) * share * _RECORD
+    else:
+        module.kernel("rotate_activations")((-(-pieces * batch // 4), 1, 1), 128, 0, arguments, stream, overlap)
+    blocks = max(1, _multiprocessors(device) * variant.blocks // splits)
+    grid = (min(rows // 128, blocks), splits, -(-batch // most))
+    module.kernel(variant.name)(grid, 256, shared, arguments, stream, overlap)
+    return y
+
+
+def _trellis_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _TrellisArguments:
+    return _TrellisArguments(
         w.codes.data_ptr(),
         w.params.data_ptr(),
         w.signs_in.data_ptr(),
@@ -293,25 +355,36 @@ def trellis(w: Weights, x: Tensor, variant: TrellisVariant | None = None) -> Ten
         y.data_ptr(),
         partial.data_ptr(),
         w.locks.data_ptr(),
-        None if rotated is None else rotated.data_ptr(),
+        None,
         x.stride(0),
-        batch,
-        rows,
-        columns,
+        x.shape[0],
+        w.out_features,
+        w.in_features,
         w.block_in,
     )
-    device = x.get_device()
-    stream, overlap = torch.cuda.current_stream(device).cuda_stream, _overlaps(device)
-    share = min(batch, most)
-    shared = 2 * (8 + 1) * share * 128 * 4
-    if rotated is None:
-        shared += (2 * -(-pieces // splits) + 1) * share * _RECORD
-    else:
-        module.kernel("rotate_activations")((-(-pieces * batch // 4), 1, 1), 128, 0, arguments, stream, overlap)
-    blocks = max(1, _multiprocessors(device) * chosen.blocks // splits)
-    grid = (min(rows // 128, blocks), splits, -(-batch // most))
-    module.kernel(chosen.name)(grid, 256, shared, arguments, stream, overlap)
-    return y
+
+
+def expand_trellis(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None = None) -> Tensor:
+    """Rows of ``dense + sparse`` of the ``trellis`` kind, see :func:`takes_trellis`.
+
+    Args:
+        dtype: float16 or bfloat16.
+        first_row, count: multiples of 128; all that follow by default.
+    """
+    count = w.out_features - first_row if count is None else count
+    out = torch.empty(count, w.in_features, dtype=dtype, device=w.codes.device)
+    module = _compiled("trellis", w, out, STATE_BITS=w.state_bits)
+    arguments = _trellis_arguments(w, out, out, out)
+    arguments.batch = first_row // 128
+    device = out.get_device()
+    module.kernel("expand_strings")(
+        (count // 128, -(-w.in_features // 128), 1),
+        256,
+        (128 * 136 + 128) * 4,
+        arguments,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+    return out
 
 
 def takes_trellis(w: Weights) -> bool:

@@ -11,10 +11,12 @@ from torch.library import Library
 from . import native
 from .weights import Weights
 
-__all__ = ["embedding", "linear"]
+__all__ = ["by_panels", "embedding", "expand", "linear"]
 
 PANEL_BYTES = 32 << 20
 """Of weights that are expanded at a time: they should still be in the second-level cache when they are multiplied."""
+
+_PORTABLE = 32  # activations up to which the portable product is used
 
 _TENSORS = (
     "Tensor codes, Tensor params, Tensor zeros, Tensor signs_in, Tensor signs_out, Tensor sparse_indptr, "
@@ -35,12 +37,9 @@ def linear(x: Tensor, w: Weights) -> Tensor:
             f"the {w.kind} weight does not fit {w.in_features} input and {w.out_features} output features"
         )
     flat = x.reshape(-1, w.in_features)
-    if flat.shape[0] == 0:
-        y = flat.new_empty(0, w.out_features)
-    elif x.dtype in _HALVES and flat.shape[0] <= _fused_batch(w):
-        y = _fused(flat, w)
-    else:
-        y = _by_panels(flat, w)
+    y = flat.new_empty(0, w.out_features) if flat.shape[0] == 0 else _fused(flat, w)
+    if y is None:
+        y = by_panels(flat, w)
     return y.view(*x.shape[:-1], w.out_features)
 
 
@@ -51,24 +50,27 @@ def _native(w: Weights) -> bool:
     return path(w.codes.device) == "cuda" and w.in_features % 4 == 0
 
 
-def _fused_batch(w: Weights) -> int:
-    """The largest batch for which a kernel decodes weights as it multiplies."""
-    if w.kind == "trellis":
-        return native.MOST_TRELLIS if _native(w) and native.takes_trellis(w) else 0
-    return native.MOST if _native(w) else 32
-
-
-def _fused(x: Tensor, w: Weights) -> Tensor:
+def _fused(x: Tensor, w: Weights) -> Tensor | None:
+    """By a kernel that decodes weights as it multiplies; None where there is none, or expanded weights are faster."""
+    batch = x.shape[0]
+    if batch > native.MOST or x.dtype not in _HALVES:
+        return None
     if not _native(w):
         from . import portable
 
+        if w.kind == "trellis" or batch > _PORTABLE:
+            return None
         return portable.linear(w, x if x.stride(1) == 1 else x.contiguous())
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    return native.trellis(w, x) if w.kind == "trellis" else native.matvec(w, x)
+    if w.kind == "trellis":
+        serves = native.trellis_variant(w, batch) if native.takes_trellis(w) else None
+        return None if serves is None else native.trellis(w, x, serves)
+    variant = native.matvec_variant(w, batch)
+    return None if variant is None else native.matvec(w, x, variant)
 
 
-def _by_panels(x: Tensor, w: Weights) -> Tensor:
+def by_panels(x: Tensor, w: Weights) -> Tensor:
     """With expanded weights and torch's matrix product."""
     y = torch.empty(x.shape[0], w.out_features, dtype=x.dtype, device=x.device)
     rows = max(128, PANEL_BYTES // (w.in_features * x.element_size()) // 128 * 128)
@@ -80,8 +82,11 @@ def _by_panels(x: Tensor, w: Weights) -> Tensor:
 
 def expand(w: Weights, dtype: torch.dtype, first_row: int, count: int) -> Tensor:
     """Rows of ``dense + sparse``, ``[count, in_features]``; ``first_row`` is a multiple of 128."""
-    if w.kind != "trellis" and dtype in _HALVES and _native(w):
-        return native.expand(w, dtype, first_row, count)
+    if dtype in _HALVES and _native(w):
+        if w.kind != "trellis":
+            return native.expand(w, dtype, first_row, count)
+        if native.takes_trellis(w):
+            return native.expand_trellis(w, dtype, first_row, count)
     from . import portable
 
     return portable.expand(w, dtype, first_row, count)

@@ -50,6 +50,12 @@ DEVICE uint32_t half_pair(float low, float high) {
     return out;
 }
 
+DEVICE uint32_t half_add2(uint32_t a, uint32_t b) {
+    uint32_t out;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
 DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 // (a & mask) | bits in one instruction

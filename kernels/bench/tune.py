@@ -1,0 +1,60 @@
+"""``python -m vllm_requant.kernels.bench --device cuda --tune``: measure which variant of a kernel is the fastest.
+
+For the layers of Llama 3 models, each format and class of batches; see gpu/tuning.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..gpu import native, ops, tuning
+from ..gpu.weights import NAMES, Weights
+from .gpu import FORMATS, SHAPES, Layers, canonical, microseconds
+
+__all__ = ["tune"]
+
+MORE_SHAPES = (
+    *((2048, 2048), (3072, 2048), (16_384, 2048), (2048, 8192)),  # 1B
+    *((3072, 3072), (5120, 3072), (16_384, 3072), (3072, 8192)),  # 3B
+    *((8192, 8192), (10_240, 8192), (57_344, 8192), (8192, 28_672)),  # 70B
+)
+
+
+def tune(everything: bool = False) -> None:
+    """Measure, print and keep: the layers of Llama 3 8B, or also those of 1B, 3B and 70B."""
+    table: tuning.Table = {}
+    generator = torch.Generator("cuda").manual_seed(0)
+    for shape in SHAPES + (MORE_SHAPES if everything else ()):
+        for form in FORMATS:
+            layers = Layers(form, canonical(form, *shape, 0.0, generator), shape)
+            kind, bits, group_size, state_bits = form
+            copies = [
+                Weights(*[layer[name] for name in NAMES], *(kind, bits, group_size, state_bits, shape[1], shape[0]))  # type: ignore[call-arg, arg-type]
+                for layer in layers.copies
+            ]
+            entries = {str(size): _best(copies, size) for size in tuning.CLASSES}
+            table.setdefault(f"{kind}{bits}", {})[f"{shape[0]}x{shape[1]}"] = entries
+            print(f"{shape[0]}x{shape[1]} {kind}{bits}: {entries}", flush=True)
+    print(f"written to {tuning.save(table)}")
+
+
+def _best(copies: list[Weights], size: int) -> list[int] | None:
+    """The entry of the fastest variant for a batch of the class."""
+    w = copies[0]
+    x = torch.randn(size if size != 8 else 4, w.in_features, device="cuda").bfloat16()
+    calls: dict[tuple[int, ...] | None, Callable[[Weights], Tensor]] = {}
+    if size >= 16:
+        calls[None] = lambda w: ops.by_panels(x, w)
+    if w.kind == "trellis":
+        first = 0 if x.shape[0] <= 4 else 4
+        for index, trellis in enumerate(native.TRELLIS_VARIANTS[first : first + 4]):
+            if size <= 32 and w.in_features // (trellis.lanes // 2) >= 256:
+                calls[(index,)] = lambda w, v=trellis: native.trellis(w, x, v)  # type: ignore[misc]
+    else:
+        for matvec in native.matvec_candidates(w, size):
+            index = native.MATVEC_VARIANTS.index(matvec._replace(splits=1))
+            calls[index, matvec.splits] = lambda w, v=matvec: native.matvec(w, x, v)  # type: ignore[misc]
+    took = {key: microseconds([lambda w=w: call(w) for w in copies[:24]], 5) for key, call in calls.items()}  # type: ignore[misc]  # noqa: B023
+    best = min(took, key=lambda key: took[key])
+    return None if best is None else list(best)

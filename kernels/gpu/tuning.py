@@ -1,0 +1,74 @@
+"""Which variant of a kernel serves which layer and batch: measured tables, and where they are kept.
+
+A table is by format (``uniform4``), shape (``4096x4096``: output by input features) and the largest batch of a class;
+an entry names a variant by its index in native.py and, but for a trellis, the number of blocks that share the columns
+of a row, or says that weights are expanded instead (null). ``python -m vllm_requant.kernels.bench --device cuda
+--tune`` measures one for the device at hand and keeps it in the cache folder; sm90.json, measured on an H100, comes
+along.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .driver import cache_folder
+
+__all__ = ["CLASSES", "Table", "batch_class", "clear", "lookup", "save"]
+
+CLASSES = (1, 8, 16, 32, 64)
+"""The largest batch of every class."""
+Table = dict[str, dict[str, dict[str, list[int] | None]]]
+
+
+def batch_class(batch: int) -> int:
+    """The class of a batch of up to 64."""
+    return next(size for size in CLASSES if batch <= size)
+
+
+def _measured_here(name: str) -> Path:
+    return cache_folder() / "tuned" / f"{name.lower().replace(' ', '-')}.json"
+
+
+def _read(path: Path) -> Table:
+    try:
+        table: Any = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+@cache
+def _tables(device: int) -> tuple[Table, ...]:
+    """The tables for a device, the one to be asked first before the others."""
+    major, _ = torch.cuda.get_device_capability(device)
+    found = [_read(_measured_here(torch.cuda.get_device_name(device)))]
+    if major == 9:
+        found.append(_read(Path(__file__).parent / "sm90.json"))
+    return tuple(found)
+
+
+def lookup(device: int, form: str, rows: int, columns: int, batch: int) -> tuple[bool, list[int] | None]:
+    """Whether this was measured, and the entry."""
+    for table in _tables(device):
+        by_batch = table.get(form, {}).get(f"{rows}x{columns}", {})
+        key = str(batch_class(batch))
+        if key in by_batch:
+            return True, by_batch[key]
+    return False, None
+
+
+def save(table: Table) -> Path:
+    """Keep a table for the current device, in place of an earlier one."""
+    path = _measured_here(torch.cuda.get_device_name())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    clear()
+    return path
+
+
+def clear() -> None:
+    """Forget what was read."""
+    _tables.cache_clear()
