@@ -90,8 +90,8 @@ def weight_of(form: Format, tensors: dict[str, Tensor], columns: int) -> Tensor:
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = 9) -> float:
     """Of one of ``calls``, in a graph of all of them: the median over replays."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()  # another stream does not wait for what made the tensors
+    with torch.cuda.stream(torch.cuda.Stream()):
         for call in calls[:2]:
             call()
     torch.cuda.synchronize()

@@ -134,7 +134,7 @@ MATVEC_VARIANTS = (
 TRELLIS_VARIANTS = tuple(
     TrellisVariant(n_tiles, lanes, 4, 3 - n_tiles) for n_tiles in (1, 2) for lanes in (2, 4, 8, 16)
 )
-_FIRST = {1: 0, 8: 3, 16: 6, 32: 8, 64: 9}  # untuned: of MATVEC_VARIANTS, by batch class
+_FIRST = {8: 3, 16: 6, 32: 8}  # untuned: of MATVEC_VARIANTS, by batch class
 
 
 def matvec_candidates(w: Weights, batch: int) -> list[Matvec]:
@@ -158,8 +158,10 @@ def matvec_variant(w: Weights, batch: int) -> Matvec | None:
         return None if entry is None else MATVEC_VARIANTS[entry[0]]._replace(splits=entry[1])
     if size == 64:
         return None
-    # a class has the same variant throughout, so that a row has the same sums in every batch of it
-    chosen = MATVEC_VARIANTS[_FIRST[size]]
+    # a class has the same variant throughout, so that a row has the same sums in every batch of it; one activation:
+    # large blocks where there is little for a multiprocessor, more and smaller ones where there is much
+    few = w.codes.shape[0] <= 2 * _multiprocessors(w.codes.get_device()) if w.codes.is_cuda else True
+    chosen = MATVEC_VARIANTS[_FIRST[size] if size > 1 else 0 if few else 2]
     while chosen.shared(w, size) * chosen.blocks > _SHARED and chosen.splits < tiles:
         chosen = chosen._replace(splits=min(2 * chosen.splits, tiles))
     return chosen if chosen.shared(w, size) <= _SHARED else None
@@ -171,10 +173,10 @@ def trellis_variant(w: Weights, batch: int) -> TrellisVariant | None:
     first = 0 if batch <= 4 else 4  # those of four activations, of eight
     if known:
         return None if entry is None else TRELLIS_VARIANTS[first + entry[0]]
-    if batch > 16:
+    if batch > 32:
         return None
-    index = 0
-    while index < 3 and w.in_features >> index >= 1024:
+    index, blocks = 0, w.codes.shape[0] * (-(-batch // 8) if batch > 8 else 0)
+    while index < 3 and w.in_features >> index >= 1024 and blocks << index < 128:
         index += 1
     return TRELLIS_VARIANTS[first + index]
 

@@ -3,8 +3,8 @@
 A table is by format (``uniform4``), shape (``4096x4096``: output by input features) and the largest batch of a class;
 an entry names a variant by its index in native.py and, but for a trellis, the number of blocks that share the columns
 of a row, or says that weights are expanded instead (null). ``python -m vllm_requant.kernels.bench --device cuda
---tune`` measures one for the device at hand and keeps it in the cache folder; sm90.json, measured on an H100, comes
-along.
+--tune`` measures one for the device at hand and keeps it in the cache folder. Without one the rules of native.py hold, which
+were read off measurements on an H100.
 """
 
 import json
@@ -41,23 +41,15 @@ def _read(path: Path) -> Table:
 
 
 @cache
-def _tables(device: int) -> tuple[Table, ...]:
-    """The tables for a device, the one to be asked first before the others."""
-    major, _ = torch.cuda.get_device_capability(device)
-    found = [_read(_measured_here(torch.cuda.get_device_name(device)))]
-    if major == 9:
-        found.append(_read(Path(__file__).parent / "sm90.json"))
-    return tuple(found)
+def _table(device: int) -> Table:
+    return _read(_measured_here(torch.cuda.get_device_name(device)))
 
 
 def lookup(device: int, form: str, rows: int, columns: int, batch: int) -> tuple[bool, list[int] | None]:
     """Whether this was measured, and the entry."""
-    for table in _tables(device):
-        by_batch = table.get(form, {}).get(f"{rows}x{columns}", {})
-        key = str(batch_class(batch))
-        if key in by_batch:
-            return True, by_batch[key]
-    return False, None
+    by_batch = _table(device).get(form, {}).get(f"{rows}x{columns}", {})
+    key = str(batch_class(batch))
+    return key in by_batch, by_batch.get(key)
 
 
 def save(table: Table) -> Path:
@@ -71,4 +63,4 @@ def save(table: Table) -> Path:
 
 def clear() -> None:
     """Forget what was read."""
-    _tables.cache_clear()
+    _table.cache_clear()
