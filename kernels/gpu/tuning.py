@@ -3,8 +3,8 @@
 A table is by format (``uniform4``), shape (``4096x4096``: output by input features) and the largest batch of a class;
 an entry names a variant by its index in native.py and, but for a trellis, the number of blocks that share the columns
 of a row, or says that weights are expanded instead (null). ``python -m vllm_requant.kernels.bench --device cuda
---tune`` measures one for the device at hand and keeps it in the cache folder. Without one the rules of native.py hold, which
-were read off measurements on an H100.
+--tune`` measures one for the device at hand and keeps it in the cache folder. Without one the rules of native.py hold,
+which were read off measurements on an H100.
 """
 
 import json

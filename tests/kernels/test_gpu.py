@@ -5,6 +5,7 @@ checked as far as Python goes; with one (``make test-gpu``) all of them run for 
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vllm_requant import kernels
 from vllm_requant.kernels import gpu, reference
-from vllm_requant.kernels.gpu import native
+from vllm_requant.kernels.gpu import native, tuning
 from vllm_requant.kernels.gpu.weights import NAMES, Weights
 
 REAL = torch.cuda.is_available()
@@ -179,12 +180,31 @@ def test_variants_are_compiled_together_and_fit(kind: str, bits: int, group_size
         codes = torch.empty(-(-rows // 16), -(-columns // 64), 1, device="meta")
         w = Weights(codes, *[nothing] * 7, kind, bits, group_size, 0, columns, rows)
         for batch in range(1, native.MOST + 1):
-            variant = native.matvec_variant(w, batch)
-            assert variant.instance in {known.instance for known in native.MATVEC_VARIANTS}
-            assert 8 * variant.n_tiles >= batch and (batch == 1 or not variant.single)
-            assert variant.shared(w, batch) <= 227 << 10
-            x, splits, _ = variant.grid(w, 132)
-            assert 1 <= x <= w.codes.shape[0] and splits <= -(-columns // 64)
+            for variant in (native.matvec_variant(w, batch), *native.matvec_candidates(w, batch)):
+                if variant is None:
+                    assert batch > 32  # then expanded weights are multiplied
+                    continue
+                assert variant._replace(splits=1) in native.MATVEC_VARIANTS
+                assert 8 * variant.n_tiles >= batch and variant.single == (batch == 1)
+                assert variant.shared(w, batch) <= 227 << 10
+                x, splits, _ = variant.grid(w, 132)
+                assert 1 <= x <= w.codes.shape[0] and splits <= -(-columns // 64)
+
+
+def test_measured_tables_are_kept_and_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    tuning.clear()
+    try:
+        assert tuning.lookup(0, "lut4", 64, 64, 3) == (False, None)
+        table: tuning.Table = {"lut4": {"64x64": {"8": [3, 2], "64": None}}}
+        assert tuning.save(table) == tmp_path / "tuned" / "some-gpu.json"
+        assert tuning.lookup(0, "lut4", 64, 64, 3) == (True, [3, 2])
+        assert tuning.lookup(0, "lut4", 64, 64, 33) == (True, None)
+        assert tuning.lookup(0, "lut4", 64, 64, 1) == (False, None)
+        assert tuning.lookup(0, "lut3", 64, 64, 3) == (False, None)
+    finally:
+        tuning.clear()
 
 
 def test_other_dimensions_are_refused(make_layer: Callable) -> None:
@@ -222,10 +242,11 @@ def test_fused_product(
         x = torch.randn(batch, columns, device=DEVICE).to(dtype)
         poison = torch.full((batch, rows), float("nan"), dtype=dtype, device=DEVICE)
         del poison
-        y = native.matvec(w, x)
-        assert_product(y, x, weight)
-        assert torch.equal(y, native.matvec(w, x))
-        assert not w.locks.any()
+        for variant in native.matvec_candidates(w, batch):
+            y = native.matvec(w, x, variant)
+            assert_product(y, x, weight)
+            assert torch.equal(y, native.matvec(w, x, variant))
+            assert not w.locks.any()
     expanded = native.expand(w, dtype, 16, rows - 16).cpu().float()
     assert (expanded - weight[16:]).norm() <= 1.2 * (weight[16:].to(dtype).float() - weight[16:]).norm() + 1e-6
 
@@ -239,10 +260,13 @@ def test_fused_trellis(bits: int, state_bits: int, dtype: torch.dtype, rows: int
     assert native.takes_trellis(w)
     for batch in (1, 3, 4, 5, 16):
         x = torch.randn(batch, columns, device=DEVICE).to(dtype)
-        y = native.trellis(w, x)
-        assert_product(y, x, weight)
-        assert torch.equal(y, native.trellis(w, x))
-        assert not w.locks.any()
+        for variant in native.TRELLIS_VARIANTS[0 if batch <= 4 else 4 :][:4]:
+            y = native.trellis(w, x, variant)
+            assert_product(y, x, weight)
+            assert torch.equal(y, native.trellis(w, x, variant))
+            assert not w.locks.any()
+    expanded = native.expand_trellis(w, dtype).cpu().float()
+    assert (expanded - weight).norm() <= 1.2 * (weight.to(dtype).float() - weight).norm()
 
 
 @needs_gpu

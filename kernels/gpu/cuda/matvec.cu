@@ -182,20 +182,33 @@ template <int THREADS, int PLACES>
 DEVICE void take_activations(const Arguments& in, char* x_shared, Sums* tile_sums, float* factors, int begin, int stop,
                              int batch) {
     constexpr bool ONE = PLACES == 1;
+    constexpr int WARPS = THREADS / 32, DEEP = 8;  // reads in flight
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, columns = min(stop * 64, in.columns) - begin * 64;
     uint32_t* const largest = reinterpret_cast<uint32_t*>(factors);
     for (int m = threadIdx.x; m < batch; m += THREADS) largest[m] = 0;
     __syncthreads();
-    // without its sign a 16-bit float is ordered as an integer
-    const int parts = max(1, THREADS / 32 / batch), each = (columns / 4 + parts - 1) / parts;
-    for (int task = warp; task < batch * parts; task += THREADS / 32) {
-        const int m = task % batch, first = task / batch * each, end = min(columns / 4, first + each);
+
+    // a task: a part of one activation, two tiles at a time, half a warp for either
+    const int pairs = (stop - begin + 1) / 2, parts = max(1, WARPS / batch), each = (pairs + parts - 1) / parts;
+    const int q = lane & 15, f = q >> 2, t = q & 3;
+    uint2 four[DEEP];
+    const auto read = [&](int m, int pair, int end) {
         const uint2* const from = reinterpret_cast<const uint2*>(in.x + m * in.x_stride + begin * 64);
-        uint32_t most = 0;
-#pragma unroll 4
-        for (int i = first + lane; i < end; i += 32) {
-            const uint2 four = from[i];
-            most = __vmaxu2(most, __vmaxu2(four.x & 0x7FFF7FFFu, four.y & 0x7FFF7FFFu));
+#pragma unroll
+        for (int i = 0; i < DEEP; ++i) {
+            const int column = (2 * (pair + i) + (lane >> 4)) * 64 + q * 4;
+            four[i] = make_uint2(0, 0);
+            if (pair + i < end && column < columns) four[i] = from[column / 4];
+        }
+    };
+    for (int task = warp; task < batch * parts; task += WARPS) {
+        const int m = task % batch, first = task / batch * each, end = min(pairs, first + each);
+        uint32_t most = 0;  // without its sign a 16-bit float is ordered as an integer
+        for (int pair = first; pair < end; pair += DEEP) {
+            read(m, pair, end);
+#pragma unroll
+            for (int i = 0; i < DEEP; ++i)
+                most = __vmaxu2(most, __vmaxu2(four[i].x & 0x7FFF7FFFu, four[i].y & 0x7FFF7FFFu));
         }
         most = max(most & 0xFFFF, most >> 16);
 #pragma unroll
@@ -203,52 +216,50 @@ DEVICE void take_activations(const Arguments& in, char* x_shared, Sums* tile_sum
         if (lane == 0) atomicMax(largest + m, most);
     }
     __syncthreads();
-    const int tiles = stop - begin;
-    const uint32_t sixteen = 0xFFFFu << (lane & 16);  // lanes that share a tile: the other half may have none left
-    for (int i = threadIdx.x; i < tiles * batch * 16; i += THREADS) {
-        const int q = i & 15, m = ONE ? 0 : (i >> 4) % batch, tile = ONE ? i >> 4 : (i >> 4) / batch;
-        const int column = tile * 64 + q * 4;
-        float v[4] = {};
-        if (!TAIL || column < columns) {
-            const uint2 four = *reinterpret_cast<const uint2*>(in.x + m * in.x_stride + begin * 64 + column);
-            v[0] = to_float(four.x & 0xFFFF);
-            v[1] = to_float(four.x >> 16);
-            v[2] = to_float(four.y & 0xFFFF);
-            v[3] = to_float(four.y >> 16);
-        }
-        // the exponent that leaves the largest below 2^15; a float's range holds it, whatever is largest
+
+    // the power of two that leaves the largest below 2^15; a float's range holds it, whatever is largest
+    const auto exponent_up = [&](int m) {
         const int exponent = int((__float_as_uint(to_float(largest[m])) >> 23) & 0xFF) - 127;
-        const int up = min(max(14 - exponent, -126), 126);
-        const float factor = __uint_as_float(uint32_t(up + 127) << 23);
-        uint2 halves;
-        halves.x = half_pair(v[0] * factor, v[1] * factor);
-        halves.y = half_pair(v[2] * factor, v[3] * factor);
-        const int f = q >> 2, t = q & 3;
-        *reinterpret_cast<uint2*>(x_shared + tile * PLACES * 128 + ((f >> 1) * PLACES + m) * 64 + t * 16 + (f & 1) * 8) =
-            halves;
-        if (!LUT) {
-            const float low = half_to_float(halves.x & 0xFFFF) + half_to_float(halves.x >> 16);
-            const float high = half_to_float(halves.y & 0xFFFF) + half_to_float(halves.y >> 16);
-            float raised = 0, plain = low + high;
+        return min(max(14 - exponent, -126), 126);
+    };
+    const bool kept = batch * parts <= WARPS && each <= DEEP;  // one task a warp, still in registers
+    for (int task = warp; task < batch * parts; task += WARPS) {
+        const int m = task % batch, first = task / batch * each, end = min(pairs, first + each);
+        const float factor = __uint_as_float(uint32_t(exponent_up(m) + 127) << 23);
+        for (int pair = first; pair < end; pair += DEEP) {
+            if (!kept) read(m, pair, end);
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                if (f == j) raised = raised_by(2 * j) * low + raised_by(2 * j + 1) * high;
+            for (int i = 0; i < DEEP; ++i) {
+                const int tile = 2 * (pair + i) + (lane >> 4);
+                const bool inside = pair + i < end && tile < stop - begin;
+                const uint32_t low2 = half_pair(to_float(four[i].x & 0xFFFF) * factor, to_float(four[i].x >> 16) * factor);
+                const uint32_t high2 = half_pair(to_float(four[i].y & 0xFFFF) * factor, to_float(four[i].y >> 16) * factor);
+                if (inside)
+                    *reinterpret_cast<uint2*>(x_shared + tile * PLACES * 128 + ((f >> 1) * PLACES + m) * 64 + t * 16 +
+                                              (f & 1) * 8) = make_uint2(low2, high2);
+                if (LUT) continue;
+                const float low = half_to_float(low2 & 0xFFFF) + half_to_float(low2 >> 16);
+                const float high = half_to_float(high2 & 0xFFFF) + half_to_float(high2 >> 16);
+                float raised = 0, plain = low + high;
 #pragma unroll
-            for (int step = HALVES ? 4 : 8; step > 0; step /= 2) {
-                raised += __shfl_xor_sync(sixteen, raised, step);
-                plain += __shfl_xor_sync(sixteen, plain, step);
-            }
-            const int of = HALVES ? tile * 2 + q / 8 : tile;
-            if (q % (HALVES ? 8 : 16) == 0) {
-                if (ONE) tile_sums[2 * of] = tile_sums[2 * of + 1] = make_float2(-raised, plain);
-                if (!ONE) tile_sums[of * PLACES + m] = make_float2(-raised, plain);
+                for (int j = 0; j < 4; ++j)
+                    if (f == j) raised = raised_by(2 * j) * low + raised_by(2 * j + 1) * high;
+#pragma unroll
+                for (int step = HALVES ? 4 : 8; step > 0; step /= 2) {
+                    raised += __shfl_xor_sync(0xFFFFFFFFu, raised, step);
+                    plain += __shfl_xor_sync(0xFFFFFFFFu, plain, step);
+                }
+                const int of = HALVES ? tile * 2 + q / 8 : tile;
+                if (inside && q % (HALVES ? 8 : 16) == 0) {
+                    if (ONE) tile_sums[2 * of] = tile_sums[2 * of + 1] = make_float2(-raised, plain);
+                    if (!ONE) tile_sums[of * PLACES + m] = make_float2(-raised, plain);
+                }
             }
         }
     }
     __syncthreads();
     for (int m = threadIdx.x; m < batch; m += THREADS) {
-        const int exponent = int((__float_as_uint(to_float(largest[m])) >> 23) & 0xFF) - 127;
-        const int up = min(max(14 - exponent, -126), 126);
+        const int up = exponent_up(m);
         factors[m] = __uint_as_float(uint32_t(127 - up) << 23);
     }
     __syncthreads();
