@@ -133,7 +133,7 @@ def linear(
     The CPU multiplies integers: weights as they are stored (the entries of a table with 14 bits against the largest of
     their row, 21 if ``x`` is float32), activations with 16 bits against the largest of 64 neighbours, 24 if ``x`` is
     float32; sums are exact within these 64, then float32. A row has the same result in every batch up to
-    ``cpu.SMALL_BATCH``, or ``cpu.FUSED_BATCHES``; larger ones go through torch's matrix product of dequantized weights,
+    ``cpu.FUSED_BATCHES``; larger ones go through torch's matrix product of dequantized weights,
     in bfloat16 if ``x`` is bfloat16 and the processor multiplies that. Other devices multiply float32 weights.
 
     Args:

@@ -10,6 +10,8 @@ vLLM traces a model once with a symbolic batch size.
 to ``packed_linear_any``.
 """
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -38,6 +40,7 @@ _PACKED_SCHEMAS = {
     "packed_linear_any": "(Tensor x, Tensor packed, int out_features, int planes) -> Tensor",
     "packed_embedding": "(Tensor ids, Tensor packed, int in_features, ScalarType dtype) -> Tensor",
 }
+_workspace = threading.local()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,7 +63,7 @@ def planes_for(dtype: torch.dtype, activation_bits: int = 16) -> int:
 
 def _packed_linear_any(x: Tensor, packed: Tensor, out_features: int, planes: int) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if flat.shape[0] <= cpu.fused_batch(packed, planes):
+    if flat.shape[0] <= cpu.fused_batch(packed, x.dtype):
         y = cpu.linear(flat, packed, out_features=out_features, planes=planes)
     elif cpu.is_trellis(packed):
         y = _trellis_by_panels(flat, packed, out_features)
@@ -74,11 +77,20 @@ def _panel_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 and cpu.multiplies_bfloat16() else torch.float32
 
 
+def _panel(elements: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a panel, the thread's own, kept for the next one: fresh memory costs a page fault every 4 KiB."""
+    nbytes = elements * dtype.itemsize
+    memory: Tensor | None = getattr(_workspace, "memory", None)
+    if memory is None or memory.numel() < nbytes:
+        memory = _workspace.memory = torch.empty(nbytes, dtype=torch.uint8)
+    return memory[:nbytes].view(dtype)
+
+
 def _linear_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     dtype = _panel_dtype(x)
     wide, in_features = x.to(dtype), x.shape[1]
     panel = max(64, PANEL_BYTES // (in_features * dtype.itemsize) // 64 * 64)
-    buffer = torch.empty(min(panel, out_features), in_features, dtype=dtype)
+    buffer = _panel(min(panel, out_features) * in_features, dtype).view(-1, in_features)
     y = torch.empty(x.shape[0], out_features, dtype=dtype)
     for first in range(0, out_features, panel):
         rows = cpu.dequantize(packed, buffer[: out_features - first], first=first)
@@ -90,13 +102,13 @@ def _trellis_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     dtype = _panel_dtype(x)
     wide, columns = x.float(), x.shape[1]
     rotated = cpu.trellis_rotate(wide.clone(), packed).to(dtype)
-    panel = max(128, PANEL_BYTES // (columns * 4) // 128 * 128)
-    buffer = torch.empty(columns * min(panel, out_features))
+    panel = max(128, PANEL_BYTES // (columns * dtype.itemsize) // 128 * 128)
+    buffer = _panel(columns * min(panel, out_features), dtype)
     y = torch.empty(x.shape[0], out_features)
     for first in range(0, out_features, panel):
         count = min(panel, out_features - first)
         part = cpu.trellis_dequantize(packed, buffer[: columns * count].view(columns, count), first)
-        y[:, first : first + count] = rotated @ part.to(dtype)
+        y[:, first : first + count] = rotated @ part
     return cpu.trellis_rotate_back(y, wide, packed).to(x.dtype)
 
 

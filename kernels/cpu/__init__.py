@@ -34,11 +34,19 @@ __all__ = [
 
 ISA_NAMES = ("scalar", "avx2", "avx512")
 SMALL_BATCH = 16
-"""Largest batch that is multiplied from codes where torch's product of dequantized panels is faster for larger ones."""
+"""Batches up to this one are multiplied from codes whatever the weight, the processor and the type of activations."""
 
-FUSED_BATCHES = (64, 32, SMALL_BATCH, SMALL_BATCH)
-"""The same where torch computes in float32, which is slower: of uniform, lut and trellis weights, and of any with
-float32 inputs. Measured with AVX2."""
+_ANY = 1 << 62
+FUSED_BATCHES = {
+    "scalar": (SMALL_BATCH, SMALL_BATCH, SMALL_BATCH, SMALL_BATCH),
+    "avx2": (128, 128, SMALL_BATCH, SMALL_BATCH),
+    "avx512": (_ANY, _ANY, _ANY, SMALL_BATCH),
+    "bfloat16": (32, 32, SMALL_BATCH, SMALL_BATCH),
+}
+"""Largest batches that are multiplied from codes, of uniform, lut and trellis weights and of any with float32 inputs;
+for larger ones torch's product of dequantized panels is faster. By instruction set where torch computes that in
+float32, ``bfloat16`` where activations have that type and the processor multiplies it. Measured on an AMD EPYC with
+all of them; with AVX2 by forbidding torch and ourselves what is above."""
 
 _KINDS = {"uniform": 0, "lut": 1}
 _TRELLIS = 2
@@ -73,12 +81,11 @@ def library() -> ctypes.CDLL:
         "requant_kind": (number, packed),
         "requant_linear": (number, (*packed, size, size, number, number, size, pointer, pointer)),
         "requant_dequantize": (number, (*packed, size, number, pointer, size, size, pointer)),
-        "requant_trellis_dequantize": (number, (*packed, size, size, size, pointer)),
+        "requant_trellis_dequantize": (number, (*packed, size, number, size, size, pointer)),
         "requant_trellis_rotate": (number, (*packed, size, pointer, pointer, number)),
         "requant_read": (ctypes.c_uint64, (pointer, size, number)),
         "requant_register_ops": (number, (pointer,)),
         "requant_set_fused_batch": (None, 4 * (size,)),
-        "requant_fused_batch": (size, (*packed, number)),
     }
     try:
         for name, (result, arguments) in signatures.items():
@@ -91,7 +98,8 @@ def library() -> ctypes.CDLL:
         if cap not in ISA_NAMES:
             raise ValueError(f"REQUANT_CPU_ISA is {cap!r}, must be one of {', '.join(ISA_NAMES)}")
         native.requant_set_isa(ISA_NAMES.index(cap))
-    native.requant_set_fused_batch(*(4 * (SMALL_BATCH,) if multiplies_bfloat16() else FUSED_BATCHES))
+    isa_name = ISA_NAMES[native.requant_isa()]
+    native.requant_set_fused_batch(*FUSED_BATCHES["bfloat16" if multiplies_bfloat16() else isa_name])
     torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     if native.requant_register_ops(torch_cpu._handle):
         raise NativeCodeError(f"torch {torch.__version__} lacks the stable C interface that the CPU kernels use")
@@ -202,10 +210,10 @@ def is_trellis(packed: Tensor) -> bool:
     return _check(library().requant_kind(packed.data_ptr(), packed.numel())) == _TRELLIS
 
 
-def fused_batch(packed: Tensor, planes: int) -> int:
-    """Largest batch that is multiplied from the codes of a packed weight."""
-    largest: int = library().requant_fused_batch(packed.data_ptr(), packed.numel(), planes)
-    return _check(largest)
+def fused_batch(packed: Tensor, dtype: torch.dtype) -> int:
+    """Largest batch of activations of that type that is multiplied from the codes of a packed weight."""
+    largest = FUSED_BATCHES["bfloat16" if dtype == torch.bfloat16 and multiplies_bfloat16() else isa()]
+    return largest[3 if dtype == torch.float32 else _check(library().requant_kind(packed.data_ptr(), packed.numel()))]
 
 
 def linear(x: Tensor, packed: Tensor, *, out_features: int, planes: int) -> Tensor:
@@ -259,12 +267,11 @@ def trellis_rotate_back(y: Tensor, x: Tensor, packed: Tensor) -> Tensor:
 
 
 def trellis_dequantize(packed: Tensor, out: Tensor, first: int) -> Tensor:
-    """Write rotated weights of the rows from ``first`` on into ``out``, contiguous float32 ``[in_features, count]``.
+    """Write rotated weights of the rows from ``first`` on into ``out``, contiguous ``[in_features, count]``.
 
-    ``first`` and ``count`` are multiples of the output block.
+    ``out`` is float32, bfloat16 or float16; ``first`` and ``count`` are multiples of the output block.
     """
     columns, count = out.shape
-    _check(
-        library().requant_trellis_dequantize(packed.data_ptr(), packed.numel(), columns, first, count, out.data_ptr())
-    )
+    weight = (packed.data_ptr(), packed.numel(), columns)
+    _check(library().requant_trellis_dequantize(*weight, _DTYPES[out.dtype], first, count, out.data_ptr()))
     return out

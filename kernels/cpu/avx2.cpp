@@ -153,6 +153,28 @@ struct Avx2 {
         _mm256_storeu_ps(to, _mm256_fmadd_ps(total, _mm256_set1_ps(factor), _mm256_loadu_ps(to)));
     }
 
+    static REQUANT_INLINE __m256i eight_codes(const uint8_t* codes) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    }
+    static REQUANT_INLINE void affine(const uint8_t* codes, float zero, float scale, float* out) {
+        for (int i = 0; i < STEP; i += 8) {
+            const __m256 steps = _mm256_sub_ps(_mm256_cvtepi32_ps(eight_codes(codes + i)), splat(zero));
+            _mm256_storeu_ps(out + i, _mm256_mul_ps(steps, splat(scale)));
+        }
+    }
+    template <int BITS>
+    static REQUANT_INLINE void entries(const uint8_t* codes, const float* table, float* out) {
+        for (int i = 0; i < STEP; i += 8) {
+            const __m256i code = eight_codes(codes + i);
+            __m256 entry = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
+            if (BITS > 3) {
+                const __m256 upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
+                entry = _mm256_blendv_ps(entry, upper, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+            }
+            _mm256_storeu_ps(out + i, entry);
+        }
+    }
+
     static REQUANT_INLINE float half_to_float(uint16_t v) { return _cvtsh_ss(v); }
     static REQUANT_INLINE uint16_t float_to_half(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
 

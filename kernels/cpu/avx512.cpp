@@ -138,6 +138,18 @@ struct Avx512 {
         _mm512_storeu_ps(to, _mm512_fmadd_ps(total, _mm512_set1_ps(factor), _mm512_loadu_ps(to)));
     }
 
+    static REQUANT_INLINE __m512i sixteen(const uint8_t* codes) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    }
+    static REQUANT_INLINE void affine(const uint8_t* codes, float zero, float scale, float* out) {
+        const __m512 steps = _mm512_sub_ps(_mm512_cvtepi32_ps(sixteen(codes)), splat(zero));
+        _mm512_storeu_ps(out, _mm512_mul_ps(steps, splat(scale)));
+    }
+    template <int BITS>
+    static REQUANT_INLINE void entries(const uint8_t* codes, const float* table, float* out) {
+        _mm512_storeu_ps(out, _mm512_permutexvar_ps(sixteen(codes), _mm512_loadu_ps(table)));
+    }
+
     static REQUANT_INLINE float half_to_float(uint16_t v) { return _cvtsh_ss(v); }
     static REQUANT_INLINE uint16_t float_to_half(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
     static REQUANT_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : __mmask16((1u << n) - 1); }

@@ -509,16 +509,17 @@ REQUANT_API int requant_dequantize(const void* packed, int64_t packed_bytes, int
     });
 }
 
-// out [count, columns] float32: rotated weights of the rows first ... first + count - 1, whole output blocks.
-REQUANT_API int requant_trellis_dequantize(const void* packed, int64_t packed_bytes, int64_t columns, int64_t first,
-                                           int64_t count, float* out) {
+// out [columns, count] of type `dtype`: rotated weights of the rows first ... first + count - 1, whole output blocks.
+REQUANT_API int requant_trellis_dequantize(const void* packed, int64_t packed_bytes, int64_t columns, int dtype,
+                                           int64_t first, int64_t count, void* out) {
     const Header* h = header_of(packed, packed_bytes);
-    if (!h || h->kind != TRELLIS || h->columns != columns) return BAD_ARGUMENT;
+    if (!h || h->kind != TRELLIS || h->columns != columns || dtype < F32 || dtype > F16) return BAD_ARGUMENT;
     const int64_t block = h->block_out;
     if (first < 0 || count < 0 || first + count > h->rows || first % block || count % block) return ID_OUT_OF_RANGE;
     const Trellis w = trellis_of(*h);
     share(thread_count(count * columns, count / block), count / block, [&](int64_t begin, int64_t end, int) {
-        tier().trellis_dequantize(w, first / block + begin, first / block + end, out + begin * block, count);
+        char* to = static_cast<char*>(out) + begin * block * size_of(dtype);
+        tier().trellis_dequantize(w, first / block + begin, first / block + end, dtype, to, count);
     });
     return OK;
 }

@@ -79,13 +79,23 @@ struct Weights {
     int64_t chunks() const { return chunks_of(columns); }
     int64_t tiles() const { return tiles_of(rows); }
     int64_t groups() const { return group_size ? (columns + group_size - 1) / group_size : 0; }
-    // that of a column; of one that is padding, any
-    int64_t group_of(int64_t column) const {
-        const int64_t group = column / group_size;
-        return group < groups() ? group : groups() - 1;
-    }
     // quantization groups of which a chunk may hold parts; a group is a multiple of 32
     int parts() const { return group_size % CHUNK ? 2 : 1; }
+};
+
+// The groups of columns that grow by at most a group's size at a time: without divisions.
+class GroupWalk {
+  public:
+    explicit GroupWalk(const Weights& w) : size_(w.group_size), last_(w.groups() - 1), end_(w.group_size) {}
+    int64_t count() const { return last_ + 1; }
+    // that of a column; of padding, the last
+    int64_t at(int64_t column) {
+        if (column >= end_ && group_ < last_) ++group_, end_ += size_;
+        return group_;
+    }
+
+  private:
+    int64_t size_, last_, end_, group_ = 0;
 };
 
 // Activations as integers of `planes` bytes, chunk by chunk, most significant byte first; or as words, in the order that
@@ -161,8 +171,8 @@ struct Tier {
     // y[m, n] for the rows n of the units begin ... end - 1 and all m; sums: batch * trellis_unit floats of scratch
     void (*trellis_linear)(const Trellis&, const TrellisActivations&, int64_t begin, int64_t end, int dtype, void* y,
                            float* sums);
-    // out [.., columns]: rotated weights of the row blocks begin ... end - 1, from block `begin` on
-    void (*trellis_dequantize)(const Trellis&, int64_t begin, int64_t end, float* out, int64_t stride);
+    // out [columns, stride] of type `dtype`: rotated weights of the row blocks begin ... end - 1, from block `begin` on
+    void (*trellis_dequantize)(const Trellis&, int64_t begin, int64_t end, int dtype, void* out, int64_t stride);
 
     // a checksum of `bytes` bytes, a multiple of 256, as fast as they can be loaded
     uint64_t (*read)(const uint8_t* data, int64_t bytes);

@@ -108,6 +108,14 @@ struct Scalar {
         for (int i = 0; i < lanes; ++i) to[i] += float(int32_t(sum[i] - uint32_t(less))) * factor;
     }
 
+    static REQUANT_INLINE void affine(const uint8_t* codes, float zero, float scale, float* out) {
+        for (int i = 0; i < STEP; ++i) out[i] = (float(codes[i]) - zero) * scale;
+    }
+    template <int BITS>
+    static REQUANT_INLINE void entries(const uint8_t* codes, const float* table, float* out) {
+        for (int i = 0; i < STEP; ++i) out[i] = table[codes[i]];
+    }
+
     static REQUANT_INLINE float half_to_float(uint16_t half) {
         const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
         if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);

@@ -24,6 +24,8 @@
 //   spread                          those of the n-th vector of rows, in all lanes of a row
 //   mul, fma, totals                the sum of the lanes of every row
 //   sparse_dot                      sums of 16 lanes
+//   affine                          16 codes less a zero point, times a scale
+//   entries<BITS>                   16 entries of a table of 16 floats
 //   half_to_float, float_to_half, widen_half, widen_bfloat, narrow_half, narrow_bfloat
 #pragma once
 
@@ -317,7 +319,7 @@ struct Sums {
 // Adds what a chunk makes of the rows of a tile. M: the batch, or 0 if it is known at run time only.
 template <class S, int KIND, int BITS, int DEPTH, int P, int PARTS, int M>
 REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t tile, int64_t c,
-                               const typename S::Bytes (*tables)[PLANES], Sums<S>& sums) {
+                               GroupWalk& groups, const typename S::Bytes (*tables)[PLANES], Sums<S>& sums) {
     using Made = Form<S, KIND, BITS, DEPTH, P>;
     using Bytes = typename S::Bytes;
     using Floats = typename S::Floats;
@@ -328,10 +330,11 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
     const float* scales = in.scales + c * batch;
 
     typename S::Tile tile_scales[PARTS];
+    [[maybe_unused]] const int64_t first_group = tile * groups.count();
     if constexpr (KIND == UNIFORM)
         REQUANT_UNROLL(2)
         for (int part = 0; part < PARTS; ++part) {
-            const int64_t group = tile * w.groups() + w.group_of(c * CHUNK + part * (CHUNK / PARTS));
+            const int64_t group = first_group + groups.at(c * CHUNK + part * (CHUNK / PARTS));
             tile_scales[part] = S::tile_halves(w.scales + group * TILE_ROWS);
             const typename S::Tile zeros = S::tile_bytes(w.zeros + group * TILE_ROWS);
             for (int64_t m = 0; m < batch; ++m) {
@@ -475,8 +478,9 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
             Sums<S> sums;
             for (int64_t n = 0; n < COUNT * batch; ++n) sums.products[n] = typename S::Floats{};
             for (int64_t m = 0; m < batch; ++m) sums.offsets[m] = S::tile_splat(offsets[m]);
+            GroupWalk groups(w);
             for (int64_t c = 0; c < chunks; ++c)
-                tile_chunk<S, KIND, BITS, DEPTH, P, PARTS, M>(w, in, tile, c, tables, sums);
+                tile_chunk<S, KIND, BITS, DEPTH, P, PARTS, M>(w, in, tile, c, groups, tables, sums);
             for (int64_t m = 0; m < batch; ++m) {
                 float totals[TILE_ROWS], rows[TILE_ROWS];
                 S::tile_store(sums.offsets[m], rows);
@@ -525,8 +529,9 @@ template <class S, int KIND, int BITS>
 void dequantize_row(const Weights& w, int64_t row, float* out) {
     const int64_t chunks = w.chunks();
     const int64_t tile = row / TILE_ROWS, r = row % TILE_ROWS;
-    const int64_t run = KIND == LUT || w.group_size % CHUNK == 0 ? CHUNK : CHUNK / 2;  // columns of one group
-    float table[1 << (KIND == LUT ? BITS : 0)];
+    [[maybe_unused]] const int64_t first_group = tile * w.groups();
+    GroupWalk groups(w);
+    float table[ENTRIES] = {};
     if constexpr (KIND == LUT) S::widen_half(w.scales + (row << BITS), table, 1 << BITS);
     for (int64_t c = 0; c < chunks; ++c) {
         const uint8_t* block = w.codes + (tile * chunks + c) * tile_chunk_bytes(BITS) + r / BLOCK_ROWS * (32 * BITS);
@@ -536,31 +541,46 @@ void dequantize_row(const Weights& w, int64_t row, float* out) {
         row_step<BITS, 1>(raw, codes);
         row_step<BITS, 2>(raw, codes);
         row_step<BITS, 3>(raw, codes);
-        float weights[CHUNK];
-        for (int64_t at = 0; at < CHUNK; at += run) {
-            if constexpr (KIND == LUT) {
-                for (int64_t i = 0; i < CHUNK; ++i) weights[i] = table[codes[i]];
-            } else {
-                const int64_t place = (tile * w.groups() + w.group_of(c * CHUNK + at)) * TILE_ROWS + r;
-                const float scale = S::half_to_float(w.scales[place]), zero = float(w.zeros[place]);
-                for (int64_t i = at; i < at + run; ++i) weights[i] = (float(codes[i]) - zero) * scale;
+        const int64_t count = w.columns - c * CHUNK < CHUNK ? w.columns - c * CHUNK : CHUNK;
+        float last[CHUNK];
+        float* weights = count == CHUNK ? out + c * CHUNK : last;
+        REQUANT_UNROLL(2)
+        for (int64_t half = 0; half < 2; ++half) {
+            [[maybe_unused]] float scale = 0, zero = 0;
+            if constexpr (KIND == UNIFORM) {
+                const int64_t group = first_group + groups.at(c * CHUNK + half * (CHUNK / 2));
+                const int64_t place = group * TILE_ROWS + r;
+                scale = S::half_to_float(w.scales[place]), zero = float(w.zeros[place]);
+            }
+            REQUANT_UNROLL(2)
+            for (int64_t at = half * (CHUNK / 2); at < (half + 1) * (CHUNK / 2); at += STEP) {
+                if constexpr (KIND == LUT)
+                    S::template entries<BITS>(codes + at, table, weights + at);
+                else
+                    S::affine(codes + at, zero, scale, weights + at);
             }
         }
-        const int64_t count = w.columns - c * CHUNK < CHUNK ? w.columns - c * CHUNK : CHUNK;
-        __builtin_memcpy(out + c * CHUNK, weights, size_t(count) * 4);
+        if (count < CHUNK) __builtin_memcpy(out + c * CHUNK, last, size_t(count) * 4);
     }
 }
 
 template <class S, class Index>
 void add_sparse(const Sparse& sparse, int64_t row, float* out) {
     const uint8_t* end = slices_of(sparse, row / WINDOW + 1);
-    for (Slice<Index> slice{slices_of(sparse, row / WINDOW)}; slice.at < end; slice = slice.next())
+    typedef int8_t Lanes __attribute__((vector_size(STEP)));
+    typedef int64_t Halves __attribute__((vector_size(STEP)));
+    for (Slice<Index> slice{slices_of(sparse, row / WINDOW)}; slice.at < end; slice = slice.next()) {
+        Lanes rows;
+        __builtin_memcpy(&rows, slice.head().rows, sizeof rows);
+        const Halves found = Halves(rows == Lanes{} + int8_t(row % WINDOW));
+        if (!(found[0] | found[1])) continue;
         for (int l = 0; l < STEP; ++l) {
             if (slice.head().rows[l] != row % WINDOW) continue;
             // padding adds 0 to column 0
             for (int32_t e = l; e < slice.elements(); e += STEP)
                 out[slice.columns()[e]] += S::half_to_float(slice.values()[e]);
         }
+    }
 }
 
 template <class S, int KIND, int BITS>

@@ -27,15 +27,44 @@ REQUANT_INLINE typename S::Lanes decoded(const uint8_t* p, int v, uint32_t mask)
     return S::byte_pairs(S::hashed(S::template windows<K>(p, v), mask));
 }
 
+typedef float Sixteen __attribute__((vector_size(64)));
+typedef int32_t Places __attribute__((vector_size(64)));
+
+// The butterflies of a vector's lanes that are APART places apart.
+template <int APART>
+REQUANT_INLINE Sixteen butterflies(Sixteen v) {
+    Places other;
+    Sixteen sign;
+    for (int i = 0; i < 16; ++i) other[i] = i ^ APART, sign[i] = i & APART ? -1.0f : 1.0f;
+    return __builtin_shuffle(v, other) + v * sign;
+}
+
 // Orthogonal up to a factor that the signs carry.
-REQUANT_INLINE void hadamard(float* x, int64_t block) {
-    for (int64_t width = 1; width < block; width *= 2)
-        for (int64_t at = 0; at < block; at += 2 * width)
-            for (int64_t i = at; i < at + width; ++i) {
-                const float a = x[i], b = x[i + width];
-                x[i] = a + b;
-                x[i + width] = a - b;
+template <int VECTORS>
+REQUANT_INLINE void hadamard_of(float* x) {
+    Sixteen v[VECTORS];
+    __builtin_memcpy(v, x, sizeof v);
+    REQUANT_UNROLL(8)
+    for (int n = 0; n < VECTORS; ++n) v[n] = butterflies<8>(butterflies<4>(butterflies<2>(butterflies<1>(v[n]))));
+    REQUANT_UNROLL(3)
+    for (int width = 1; width < VECTORS; width *= 2)
+        REQUANT_UNROLL(8)
+        for (int n = 0; n < VECTORS; ++n)
+            if (!(n & width)) {
+                const Sixteen a = v[n], b = v[n + width];
+                v[n] = a + b;
+                v[n + width] = a - b;
             }
+    __builtin_memcpy(x, v, sizeof v);
+}
+
+REQUANT_INLINE void hadamard(float* x, int64_t block) {
+    switch (block) {
+        case 128: return hadamard_of<8>(x);
+        case 64: return hadamard_of<4>(x);
+        case 32: return hadamard_of<2>(x);
+        default: return hadamard_of<1>(x);
+    }
 }
 
 // Rows [count, columns] times signs and through the transform of every block, or BACK: the other way round; in place.
@@ -195,10 +224,10 @@ void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begi
     }
 }
 
-// Rotated weights of the row blocks begin ... end - 1, transposed: out float32 [columns, stride], from row block `begin`
-// on. A string runs down a column; rows of weights would be written a float a cache line.
+// Rotated weights of the row blocks begin ... end - 1, transposed: out [columns, stride] of type `dtype`, from row block
+// `begin` on. A string runs down a column; rows of weights would be written a float a cache line.
 template <class S, int K>
-void trellis_rows(const Trellis& w, int64_t begin, int64_t end, float* out, int64_t stride) {
+void trellis_rows(const Trellis& w, int64_t begin, int64_t end, int dtype, void* out, int64_t stride) {
     const uint32_t mask = (1u << w.state_bits) - 1;
     const int64_t size = w.block_out, tile_columns = TILE / size;
     const int64_t tiles = w.columns / tile_columns, groups = w.columns / w.block_in;
@@ -208,25 +237,26 @@ void trellis_rows(const Trellis& w, int64_t begin, int64_t end, float* out, int6
             const float scale = S::half_to_float(w.scales[block * groups + t * tile_columns / w.block_in]);
             for (int v = 0; v < TILE / WIDTH; ++v) {
                 const int64_t column = t * tile_columns + v * WIDTH / size;
-                float* to = out + column * stride + (block - begin) * size + v * WIDTH % size;
-                __builtin_memset(to, 0, WIDTH * sizeof(float));
+                float weights[WIDTH] = {};
                 for (int h = 0; h < WIDTH / S::lanes; ++h) {
                     const typename S::Lanes pairs = decoded<S, K>(tile + v * 2 * K, h, mask);
-                    S::add_scaled(to + h * S::lanes, S::dot(typename S::Lanes{}, pairs, 0x00010001), 510, scale);
+                    S::add_scaled(weights + h * S::lanes, S::dot(typename S::Lanes{}, pairs, 0x00010001), 510, scale);
                 }
+                const int64_t at = column * stride + (block - begin) * size + v * WIDTH % size;
+                narrow<S>(dtype, weights, static_cast<char*>(out) + at * size_of(dtype), WIDTH);
             }
         }
 }
 
 template <class S>
-void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, float* out, int64_t stride) {
+void trellis_dequantize(const Trellis& w, int64_t begin, int64_t end, int dtype, void* out, int64_t stride) {
     switch (w.bits) {
-        case 1: return trellis_rows<S, 1>(w, begin, end, out, stride);
-        case 2: return trellis_rows<S, 2>(w, begin, end, out, stride);
-        case 3: return trellis_rows<S, 3>(w, begin, end, out, stride);
-        case 4: return trellis_rows<S, 4>(w, begin, end, out, stride);
-        case 5: return trellis_rows<S, 5>(w, begin, end, out, stride);
-        default: return trellis_rows<S, 6>(w, begin, end, out, stride);
+        case 1: return trellis_rows<S, 1>(w, begin, end, dtype, out, stride);
+        case 2: return trellis_rows<S, 2>(w, begin, end, dtype, out, stride);
+        case 3: return trellis_rows<S, 3>(w, begin, end, dtype, out, stride);
+        case 4: return trellis_rows<S, 4>(w, begin, end, dtype, out, stride);
+        case 5: return trellis_rows<S, 5>(w, begin, end, dtype, out, stride);
+        default: return trellis_rows<S, 6>(w, begin, end, dtype, out, stride);
     }
 }
 

@@ -5,12 +5,18 @@ import signal
 
 import pytest
 
+from vllm_requant.bench import comparison
 from vllm_requant.bench.comparison import compare, table
 from vllm_requant.bench.contenders import Contender, Prompts
 from vllm_requant.bench.measure import Load, Rates, measure_round
 from vllm_requant.bench.servers import ServerError
 
 LOAD = Load(vocab_size=100, prompt_tokens=40, new_tokens=5, requests=3)
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "REST_SECONDS", 0.0)
 
 
 class Clockwork(Contender):

