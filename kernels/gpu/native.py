@@ -25,6 +25,7 @@ __all__ = [
     "matvec_arguments",
     "matvec_candidates",
     "matvec_variant",
+    "source",
     "takes_trellis",
     "trellis",
     "trellis_arguments",
@@ -199,16 +200,23 @@ def _overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+_SOURCES = {
+    "matvec": ("primitives.cuh", "codes.cuh", "matvec.cu", "expand.cu"),
+    "trellis": ("primitives.cuh", "strings.cuh", "trellis.cu", "expand_strings.cu"),
+}
+
+
 @cache
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """CUDA C++ of a module: ``"matvec"`` or ``"trellis"``."""
     folder = Path(__file__).parent / "cuda"
-    return (folder / "primitives.cuh").read_text() + (folder / f"{name}.cu").read_text()
+    return "".join((folder / file).read_text() for file in _SOURCES[name])
 
 
 @cache
 def _module(name: str, defines: tuple[tuple[str, int], ...], device: int) -> Module:
     variants: Sequence[Matvec | TrellisVariant] = MATVEC_VARIANTS if name == "matvec" else TRELLIS_VARIANTS
-    module = Module(_source(name) + "\n".join(variant.instance for variant in variants), dict(defines))
+    module = Module(source(name) + "\n".join(variant.instance for variant in variants), dict(defines))
     # all at once: nothing is left to be loaded when a graph is captured
     extra = ("expand_rows",) if name == "matvec" else ("rotate_activations", "expand_strings")
     for kernel in (*extra, *(variant.name for variant in variants)):

@@ -23,7 +23,6 @@ from .test_gpu import assert_product, trellis, weights_of
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++20 compiler")
 
 HERE = Path(__file__).parent
-CUDA = Path(native.__file__).parent / "cuda"
 SHARED = "extern __shared__ __align__(16) char shared[];"
 SHIFT = re.compile(r'asm\("shl.b32 %0, %1, %2;" : "=r"\((\w+)\) : "r"\((\w+)\), "n"\((.*)\)\);')
 
@@ -43,8 +42,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable]:
     def made(name: str, variants: Sequence[Matvec | TrellisVariant], **defines: int) -> Callable:
         nonlocal count
         count += 1
-        primitives = (CUDA / "primitives.cuh").read_text()
-        source = primitives[primitives.index("// ---- residual") :] + (CUDA / f"{name}.cu").read_text()
+        source = native.source(name)
+        source = source[source.index("// ---- residual") :]  # cuda_on_threads.h has what comes before
         source = SHIFT.sub(r"\1 = \2 << (\3);", source.replace(SHARED, "char* const shared = shared_memory;"))
         source = source.replace("__shared__ __align__(16)", "alignas(16) static")
         assert "asm" not in re.sub(r"//.*", "", source)
@@ -137,11 +136,11 @@ def test_products_and_rows(
     [(2, 12, 128, torch.bfloat16), (3, 16, 64, torch.float16), (4, 12, 128, torch.bfloat16)],
 )
 def test_trellis(build: Callable, bits: int, state_bits: int, block_in: int, dtype: torch.dtype) -> None:
-    rows, columns = 384, 640
+    rows, columns = 256, 384
     w, weight = trellis(bits, state_bits, (128, block_in), rows, columns, 0.02)
     variants = (TrellisVariant(1, 2, 4, 2), TrellisVariant(1, 4, 4, 2), TrellisVariant(2, 8, 4, 1))
     launch = build("trellis", variants, **defines_of(w, dtype))
-    for variant, batches in zip(variants, ((1, 4), (3,), (5, 9)), strict=True):
+    for variant, batches in zip(variants, ((1,), (4,), (5, 9)), strict=True):
         for batch in batches:
             x, y = torch.randn(batch, columns).to(dtype), poisoned(batch, rows, dtype=dtype)
             splits, most = variant.lanes // 2, 4 * variant.n_tiles
@@ -153,12 +152,12 @@ def test_trellis(build: Callable, bits: int, state_bits: int, block_in: int, dty
                 rotated = torch.full((2 * pieces * batch * 144,), 255, dtype=torch.uint8)
                 arguments.rotated = rotated.data_ptr()
                 launch("rotate_activations", arguments, (-(-pieces * batch // 4), 1, 1), 128, 0)
-            launch(variant.name, arguments, (2, splits, -(-batch // most)), 256, shared)
+            launch(variant.name, arguments, (1, splits, -(-batch // most)), 256, shared)
             assert_product(y, x, weight)
             assert not w.locks.any()
-    out = poisoned(256, columns, dtype=dtype)
+    out = poisoned(128, columns, dtype=dtype)
     arguments = native.trellis_arguments(w, out, out, out)
     arguments.batch = 1
-    launch("expand_strings", arguments, (2, 5, 1), 256, (128 * 136 + 128) * 4)
+    launch("expand_strings", arguments, (1, 3, 1), 256, (128 * 136 + 128) * 4)
     expected = weight[128:]
     assert (out.float() - expected).norm() <= 1.2 * (expected.to(dtype).float() - expected).norm()
