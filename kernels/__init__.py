@@ -133,11 +133,12 @@ def linear(
     The CPU multiplies integers: weights as they are stored (the entries of a table with 14 bits against the largest of
     their row, 21 if ``x`` is float32), activations with 16 bits against the largest of 64 neighbours, 24 if ``x`` is
     float32; sums are exact within these 64, then float32. A row has the same result in every batch up to
-    ``cpu.FUSED_BATCHES``; larger ones go through torch's matrix product of dequantized weights,
-    in bfloat16 if ``x`` is bfloat16 and the processor multiplies that. A CUDA
-    device multiplies activations as they are (of a trellis with 16 bits) with exact weights, in float32, up to 64 of them;
-    more, or float32 ones, through torch's product of weights rounded to their type. Other devices multiply float32
-    weights.
+    ``cpu.FUSED_BATCHES``; larger ones go through torch's matrix product of dequantized weights, in bfloat16 if ``x`` is
+    bfloat16 and the processor multiplies that.
+
+    A CUDA device multiplies up to 64 activations as they are (of a trellis with 16 bits) by exact weights, with float32
+    sums; more of them, or float32 ones, through torch's product of weights rounded to their type. Other devices
+    multiply float32 weights.
 
     Args:
         x: ``[..., in_features]``, float32, bfloat16 or float16, on the device of the weights.
