@@ -99,7 +99,7 @@ def assert_product(y: Tensor, x: Tensor, weight: Tensor, slack: float = 1) -> No
     # both roundings are of half a unit; a residual is added to what is rounded already
     bound = 1.5 * eps * (wide.abs() @ weight.double().abs().t()) + eps * exact.abs() + 1e-6
     assert y.dtype == x.dtype and y.shape == exact.shape
-    assert bool(((y.cpu().double() - exact).abs() <= bound).all())
+    assert bool(((y.cpu().double() - exact).abs() <= slack * bound).all())
     if x.dtype == torch.float32:  # sums alone
         return
     rounded = (wide @ weight.to(x.dtype).double().t()).to(x.dtype).double()
