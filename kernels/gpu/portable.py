@@ -9,7 +9,7 @@ from .weights import Weights, tiled
 __all__ = ["embedding", "expand", "linear"]
 
 _COLUMNS, _STEPS = 128, 8
-"""Columns that a program expands at a time, and how often."""
+"""Columns that a program expands at a time, and how often at the most."""
 
 
 def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None = None) -> Tensor:
@@ -56,7 +56,8 @@ def _expand_rows(w: Weights, out: Tensor, ids: Tensor | None, first_row: int) ->
     if out.numel() == 0:
         return out
     rows = 16
-    tiles.expand_rows[-(-out.shape[0] // rows), -(-w.in_features // (_COLUMNS * _STEPS))](
+    steps = next(steps for steps in (1, 2, 4, _STEPS) if steps == _STEPS or steps * _COLUMNS >= w.in_features)
+    tiles.expand_rows[-(-out.shape[0] // rows), -(-w.in_features // (_COLUMNS * steps))](
         w.codes,
         w.params,
         w.zeros,
@@ -78,7 +79,7 @@ def _expand_rows(w: Weights, out: Tensor, ids: Tensor | None, first_row: int) ->
         WIDE=w.wide,
         ROWS=rows,
         COLUMNS=_COLUMNS,
-        STEPS=_STEPS,
+        STEPS=steps,
     )
     return out
 

@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not REAL, reason="needs a CUDA device")
 
 UNIFORM = [("uniform", 2, 32), ("uniform", 3, 96), ("uniform", 4, 64), ("uniform", 4, 128), ("uniform", 8, 32)]
 LUT = [("lut", 2, 0), ("lut", 3, 0), ("lut", 4, 0)]
-SHAPES = [(40, 100), (33, 576), (16, 64)]
+SHAPES = [(40, 100), (33, 576)]
 TRELLIS = [(2, 12), (3, 16), (4, 12), (1, 8), (5, 16), (6, 12)]
 
 
