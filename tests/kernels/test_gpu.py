@@ -125,7 +125,8 @@ def test_expanded_rows_are_exact(
         assert torch.equal(portable.embedding(w, ids, dtype).cpu(), weight[ids.cpu()].to(dtype))
     part = portable.expand(w, torch.bfloat16, first_row=8, count=5).cpu()
     rounded = weight[8:13].bfloat16()
-    assert torch.allclose(part, rounded, rtol=2**-7, atol=1e-2 if density else 0)
+    # a residual is added to what is rounded already
+    assert torch.allclose(part, rounded, rtol=2**-7, atol=2**-7 * float(weight.abs().max()) if density else 0)
 
 
 @pytest.mark.parametrize(("kind", "bits", "group_size"), UNIFORM + LUT)
