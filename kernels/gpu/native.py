@@ -22,13 +22,11 @@ __all__ = [
     "expand",
     "expand_trellis",
     "matvec",
-    "matvec_arguments",
     "matvec_candidates",
     "matvec_variant",
     "source",
     "takes_trellis",
     "trellis",
-    "trellis_arguments",
     "trellis_variant",
 ]
 
@@ -247,7 +245,7 @@ def matvec(w: Weights, x: Tensor, variant: Matvec) -> Tensor:
     y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
     splits = variant.splits
     partial = torch.empty(splits, batch, rows, dtype=torch.float32, device=x.device) if splits > 1 else y
-    arguments = matvec_arguments(w, x, y, partial)
+    arguments = _matvec_arguments(w, x, y, partial)
     device = x.get_device()
     module.kernel(variant.name)(
         variant.grid(w, _multiprocessors(device)),
@@ -276,7 +274,7 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
         return out
     module = _matvec_module(w, out)
     tiles = w.codes.shape[1]
-    arguments = matvec_arguments(w, out, out, out)
+    arguments = _matvec_arguments(w, out, out, out)
     arguments.rows, arguments.batch = first_row + count, first_row
     parts = max(1, min(tiles // 16, 4))
     device = out.get_device()
@@ -293,7 +291,6 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
 def _matvec_module(w: Weights, x: Tensor) -> Module:
     return _compiled(
         "matvec",
-        "matvec_arguments",
         w,
         x,
         LUT=int(w.lut),
@@ -302,7 +299,7 @@ def _matvec_module(w: Weights, x: Tensor) -> Module:
     )
 
 
-def matvec_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _MatvecArguments:
+def _matvec_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _MatvecArguments:
     """What the kernels of matvec.cu take."""
     return _MatvecArguments(
         w.codes.data_ptr(),
@@ -342,7 +339,7 @@ def trellis(w: Weights, x: Tensor, variant: TrellisVariant) -> Tensor:
     rotated = None
     if batch > 4:
         rotated = torch.empty(2 * pieces * batch * _RECORD, dtype=torch.uint8, device=x.device)
-    arguments = trellis_arguments(w, x, y, partial)
+    arguments = _trellis_arguments(w, x, y, partial)
     arguments.rotated = None if rotated is None else rotated.data_ptr()
     device = x.get_device()
     stream, overlap = torch.cuda.current_stream(device).cuda_stream, _overlaps(device)
@@ -358,7 +355,7 @@ def trellis(w: Weights, x: Tensor, variant: TrellisVariant) -> Tensor:
     return y
 
 
-def trellis_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _TrellisArguments:
+def _trellis_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _TrellisArguments:
     """What the kernels of trellis.cu take."""
     return _TrellisArguments(
         w.codes.data_ptr(),
@@ -389,7 +386,7 @@ def expand_trellis(w: Weights, dtype: torch.dtype, first_row: int = 0, count: in
     count = w.out_features - first_row if count is None else count
     out = torch.empty(count, w.in_features, dtype=dtype, device=w.codes.device)
     module = _compiled("trellis", w, out, STATE_BITS=w.state_bits)
-    arguments = trellis_arguments(w, out, out, out)
+    arguments = _trellis_arguments(w, out, out, out)
     arguments.batch = first_row // 128
     device = out.get_device()
     module.kernel("expand_strings")(
