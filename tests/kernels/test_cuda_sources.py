@@ -31,6 +31,7 @@ SHIFT = re.compile(r'asm\("shl.b32 %0, %1, %2;" : "=r"\((\w+)\) : "r"\((\w+)\), 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors lie there, also beside a GPU, and a GPU has one multiprocessor: blocks stay for several stretches."""
+    torch.manual_seed(0)
     monkeypatch.setattr("tests.kernels.test_gpu.DEVICE", torch.device("cpu"))
     monkeypatch.setattr(native, "_multiprocessors", lambda device: 1)
     monkeypatch.setattr(native, "_overlaps", lambda device: True)
