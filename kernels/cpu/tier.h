@@ -570,9 +570,10 @@ void add_sparse(const Sparse& sparse, int64_t row, float* out) {
     typedef int8_t Lanes __attribute__((vector_size(STEP)));
     typedef int64_t Halves __attribute__((vector_size(STEP)));
     for (Slice<Index> slice{slices_of(sparse, row / WINDOW)}; slice.at < end; slice = slice.next()) {
-        Lanes rows;
+        Lanes rows, wanted;
         __builtin_memcpy(&rows, slice.head().rows, sizeof rows);
-        const Halves found = Halves(rows == Lanes{} + int8_t(row % WINDOW));
+        __builtin_memset(&wanted, int(row % WINDOW), sizeof wanted);
+        const Halves found = Halves(rows == wanted);
         if (!(found[0] | found[1])) continue;
         for (int l = 0; l < STEP; ++l) {
             if (slice.head().rows[l] != row % WINDOW) continue;
