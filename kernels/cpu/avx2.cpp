@@ -104,15 +104,9 @@ struct Avx2 {
         out[1] = _mm_cvtss_f32(_mm256_extractf128_ps(all, 1));
     }
     template <class Index>
-    static REQUANT_INLINE void sparse_dot(const Index* columns, const uint16_t* values, int32_t count, const float* x,
-                                          float* out) {
-        __m256 low = _mm256_setzero_ps(), high = low;
-        for (int32_t e = 0; e < count; e += STEP) {
-            low = eight(columns + e, values + e, x, low);
-            high = eight(columns + e + 8, values + e + 8, x, high);
-        }
-        _mm256_storeu_ps(out, low);
-        _mm256_storeu_ps(out + 8, high);
+    static REQUANT_INLINE Tile sparse_step(const Tile& sum, const Index* columns, const uint16_t* values,
+                                           const float* x) {
+        return {{eight(columns, values, x, sum.half[0]), eight(columns + 8, values + 8, x, sum.half[1])}};
     }
     template <class Index>
     static REQUANT_INLINE Floats eight(const Index* columns, const uint16_t* values, const float* x, Floats sum) {

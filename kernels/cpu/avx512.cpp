@@ -91,18 +91,12 @@ struct Avx512 {
         _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
     }
     template <class Index>
-    static REQUANT_INLINE void sparse_dot(const Index* columns, const uint16_t* values, int32_t count, const float* x,
-                                          float* out) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int32_t e = 0; e < count; e += STEP) {
-            __m512 inputs = _mm512_castps128_ps512(four(columns + e, x));
-            inputs = _mm512_insertf32x4(inputs, four(columns + e + 4, x), 1);
-            inputs = _mm512_insertf32x4(inputs, four(columns + e + 8, x), 2);
-            inputs = _mm512_insertf32x4(inputs, four(columns + e + 12, x), 3);
-            const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + e)));
-            sum = _mm512_fmadd_ps(inputs, value, sum);
-        }
-        _mm512_storeu_ps(out, sum);
+    static REQUANT_INLINE Tile sparse_step(Tile sum, const Index* columns, const uint16_t* values, const float* x) {
+        __m512 inputs = _mm512_castps128_ps512(four(columns, x));
+        inputs = _mm512_insertf32x4(inputs, four(columns + 4, x), 1);
+        inputs = _mm512_insertf32x4(inputs, four(columns + 8, x), 2);
+        inputs = _mm512_insertf32x4(inputs, four(columns + 12, x), 3);
+        return _mm512_fmadd_ps(inputs, tile_halves(values), sum);
     }
     // a gather takes longer than single loads, many times as long with a microcode against Downfall
     template <class Index>

@@ -78,10 +78,9 @@ struct Scalar {
     static REQUANT_INLINE Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
     static REQUANT_INLINE void totals(Floats v, float* out) { *out = (v[0] + v[1]) + (v[2] + v[3]); }
     template <class Index>
-    static REQUANT_INLINE void sparse_dot(const Index* columns, const uint16_t* values, int32_t count, const float* x,
-                                          float* out) {
-        for (int l = 0; l < STEP; ++l) out[l] = 0;
-        for (int32_t e = 0; e < count; ++e) out[e % STEP] += half_to_float(values[e]) * x[columns[e]];
+    static REQUANT_INLINE Tile sparse_step(Tile sum, const Index* columns, const uint16_t* values, const float* x) {
+        for (int l = 0; l < STEP; ++l) sum.row[l] += half_to_float(values[l]) * x[columns[l]];
+        return sum;
     }
 
     static constexpr int lanes = 4;

@@ -23,7 +23,7 @@
 //   tile_mul, tile_fma, tile_store  with a float; with two tiles; to 16 floats
 //   spread                          those of the n-th vector of rows, in all lanes of a row
 //   mul, fma, totals                the sum of the lanes of every row
-//   sparse_dot                      sums of 16 lanes
+//   sparse_step                     16 sums plus the products of as many sparse weights
 //   affine                          16 codes less a zero point, times a scale
 //   entries<BITS>                   16 entries of a table of 16 floats
 //   half_to_float, float_to_half, widen_half, widen_bfloat, narrow_half, narrow_bfloat
@@ -382,60 +382,63 @@ inline const uint8_t* slices_of(const Sparse& sparse, int64_t window) {
     return sparse.slices + sparse.windows[window] * SLICE_UNIT;
 }
 
-// The share of a tile in the slices of its window: those that begin in `begin` ... `end`.
-struct Part {
-    int64_t window;
-    const uint8_t *begin, *end;
-    Part(const Sparse& sparse, int64_t window, int64_t part, int64_t parts) : window(window) {
-        const int64_t units = sparse.windows[window + 1] - sparse.windows[window];
-        begin = slices_of(sparse, window) + units * part / parts * SLICE_UNIT;
-        end = slices_of(sparse, window) + units * (part + 1) / parts * SLICE_UNIT;
+// Asks for the slices of a window, too few for the processor to see them coming. Always inline: a function that does
+// nothing else has no effect as GCC sees it, and would not be called.
+REQUANT_INLINE void fetch_slices(const Sparse& sparse, int64_t window) {
+    const uint8_t* end = slices_of(sparse, window + 1);
+    for (const uint8_t* at = slices_of(sparse, window); at < end; at += 64) __builtin_prefetch(at);
+    __builtin_prefetch(sparse.windows + window + 16);
+}
+
+// The residual of a window and one row of activations, 16 elements at a time, so that they can be taken in between others.
+template <class S, class Index>
+class Residual {
+  public:
+    Residual() = default;  // nothing
+    Residual(const Sparse& sparse, int64_t window, const float* x, float* sums)
+        : slice_{slices_of(sparse, window)}, end_(slices_of(sparse, window + 1)), x_(x), sums_(sums) {
+        if (more()) enter();
     }
-    static Part of_tile(const Sparse& sparse, int64_t tile, int64_t tiles) {
-        constexpr int64_t TILES = WINDOW / TILE_ROWS;
-        const int64_t first = tile / TILES * TILES;
-        return Part(sparse, tile / TILES, tile - first, tiles - first < TILES ? tiles - first : TILES);
+    bool more() const { return slice_.at < end_; }
+    // steps of what is left, or somewhat more
+    int64_t most_steps() const { return (end_ - slice_.at) / (STEP * int64_t(sizeof(Index) + sizeof(uint16_t))); }
+    REQUANT_INLINE void step() {
+        lanes_ = S::sparse_step(lanes_, slice_.columns() + at_, slice_.values() + at_, x_);
+        at_ += STEP;
+        if (at_ < count_) return;
+        float lanes[STEP];
+        S::tile_store(lanes_, lanes);
+        const uint8_t* rows = slice_.head().rows;
+        for (int l = 0; l < STEP; ++l) sums_[rows[l]] += lanes[l];
+        slice_ = slice_.next();
+        if (more()) enter();
     }
-    template <class Index>
-    Slice<Index> first(const Sparse& sparse) const {
-        Slice<Index> slice{slices_of(sparse, window)};
-        while (slice.at < begin) slice = slice.next();
-        return slice;
-    }
+
+  private:
+    REQUANT_INLINE void enter() { at_ = 0, count_ = slice_.elements(), lanes_ = S::tile_splat(0.0f); }
+    Slice<Index> slice_{nullptr};
+    const uint8_t* end_ = nullptr;
+    const float* x_ = nullptr;
+    float* sums_ = nullptr;
+    int32_t at_ = 0, count_ = 0;
+    typename S::Tile lanes_ = S::tile_splat(0.0f);
 };
 
-// Asks for what sparse_part will read, too little at a time for the processor to see it coming. Always inline: a function
-// that does nothing else has no effect as GCC sees it, and would not be called.
-REQUANT_INLINE void fetch_slices(const Sparse& sparse, const Part& part) {
-    for (const uint8_t* at = part.begin; at < part.end; at += 64) __builtin_prefetch(at);
-    __builtin_prefetch(sparse.windows + part.window + 16);
-}
-
 template <class S, class Index>
-REQUANT_INLINE void sparse_slices(const Sparse& sparse, const Part& part, const float* x, int64_t batch,
-                                  int64_t columns, float* sums, int64_t stride) {
-    for (Slice<Index> slice = part.first<Index>(sparse); slice.at < part.end; slice = slice.next())
-        for (int64_t m = 0; m < batch; ++m) {
-            float lanes[STEP];
-            S::sparse_dot(slice.columns(), slice.values(), slice.elements(), x + m * columns, lanes);
-            const uint8_t* rows = slice.head().rows;
-            for (int l = 0; l < STEP; ++l) sums[m * stride + rows[l]] += lanes[l];
-        }
-}
-
-template <class S>
-void sparse_part(const Sparse& sparse, const Part& part, const float* x, int64_t batch, int64_t columns, float* sums,
-                 int64_t stride) {
-    if (sparse.wide)
-        sparse_slices<S, int32_t>(sparse, part, x, batch, columns, sums, stride);
-    else
-        sparse_slices<S, uint16_t>(sparse, part, x, batch, columns, sums, stride);
+REQUANT_INLINE void sparse_rows(const Sparse& sparse, int64_t window, const float* x, int64_t batch, int64_t columns,
+                                float* sums, int64_t stride) {
+    for (int64_t m = 0; m < batch; ++m)
+        for (Residual<S, Index> residual(sparse, window, x + m * columns, sums + m * stride); residual.more();)
+            residual.step();
 }
 
 template <class S>
 void sparse_window(const Sparse& sparse, int64_t window, const float* x, int64_t batch, int64_t columns, float* sums,
                    int64_t stride) {
-    sparse_part<S>(sparse, Part(sparse, window, 0, 1), x, batch, columns, sums, stride);
+    if (sparse.wide)
+        sparse_rows<S, int32_t>(sparse, window, x, batch, columns, sums, stride);
+    else
+        sparse_rows<S, uint16_t>(sparse, window, x, batch, columns, sums, stride);
 }
 
 // What the middle of the tables' range takes off the products with a row of activations.
@@ -451,21 +454,31 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
                     float* out) {
     using Made = Form<S, KIND, BITS, DEPTH, P>;
     constexpr int COUNT = TILE_ROWS / S::rows;
+    constexpr bool one = M == 1;
     const int64_t chunks = w.chunks(), tiles = w.tiles(), batch = M ? M : in.batch;
-    const int64_t last_tile = end * (WINDOW / TILE_ROWS), end_tile = last_tile < tiles ? last_tile : tiles;
     float offsets[MAX_BATCH];
     for (int64_t m = 0; m < batch; ++m) offsets[m] = KIND == LUT ? table_offset<S, Made>(in, chunks, m) : 0.0f;
     for (int64_t window = begin; window < end; ++window) {
-        __builtin_memset(out, 0, size_t(batch) * WINDOW * sizeof(float));
         const int64_t first = window * (WINDOW / TILE_ROWS);
         const int64_t last = first + WINDOW / TILE_ROWS < tiles ? first + WINDOW / TILE_ROWS : tiles;
-        for (int64_t tile = first; tile < last; ++tile) {
-            // A part of the residual with every tile, so that the stream of codes never rests for long; and before the
-            // dense part, so that single additions have left the processor when vectors of them are read.
-            if (w.sparse.windows) {
-                sparse_part<S>(w.sparse, Part::of_tile(w.sparse, tile, tiles), in.x, batch, w.columns, out, WINDOW);
-                if (tile + 2 < end_tile) fetch_slices(w.sparse, Part::of_tile(w.sparse, tile + 2, tiles));
+        // What the residual adds, apart from the dense sums, so that both are rounded alike in every batch. That of one
+        // activation is taken in between the chunks, so that the stream of codes never rests, and ends early: its single
+        // additions should have left the processor when vectors of them are read.
+        float extra[(one ? 1 : MAX_BATCH) * WINDOW];
+        __builtin_memset(extra, 0, size_t(batch) * WINDOW * sizeof(float));
+        Residual<S, uint16_t> residual;
+        int64_t steps = 0, due = 0;
+        const int64_t turns = (last - first) * chunks * 7 / 8 + 1;
+        if (w.sparse.windows) {
+            if (window + 1 < end) fetch_slices(w.sparse, window + 1);
+            if (one && !w.sparse.wide) {
+                residual = Residual<S, uint16_t>(w.sparse, window, in.x, extra);
+                steps = residual.most_steps();
+            } else {
+                sparse_window<S>(w.sparse, window, in.x, batch, w.columns, extra, WINDOW);
             }
+        }
+        for (int64_t tile = first; tile < last; ++tile) {
             typename S::Bytes tables[COUNT][PLANES];
             if constexpr (KIND == LUT)
                 for (int n = 0; n < COUNT; ++n) {
@@ -479,8 +492,12 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
             for (int64_t n = 0; n < COUNT * batch; ++n) sums.products[n] = typename S::Floats{};
             for (int64_t m = 0; m < batch; ++m) sums.offsets[m] = S::tile_splat(offsets[m]);
             GroupWalk groups(w);
-            for (int64_t c = 0; c < chunks; ++c)
+            for (int64_t c = 0; c < chunks; ++c) {
                 tile_chunk<S, KIND, BITS, DEPTH, P, PARTS, M>(w, in, tile, c, groups, tables, sums);
+                if constexpr (one)
+                    for (due += steps; due >= turns; due -= turns)
+                        if (residual.more()) residual.step();
+            }
             for (int64_t m = 0; m < batch; ++m) {
                 float totals[TILE_ROWS], rows[TILE_ROWS];
                 S::tile_store(sums.offsets[m], rows);
@@ -489,10 +506,12 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
                 for (int r = 0; r < TILE_ROWS; ++r) {
                     float dense = totals[r] + rows[r];
                     if constexpr (KIND == LUT) dense *= w.units[tile * TILE_ROWS + r] * table_unit(DEPTH);
-                    to[r] += dense;
+                    to[r] = dense;
                 }
             }
         }
+        while (residual.more()) residual.step();
+        for (int64_t i = 0; i < batch * WINDOW; ++i) out[i] += extra[i];
         const int64_t rows = w.rows - window * WINDOW < WINDOW ? w.rows - window * WINDOW : WINDOW;
         store_rows<S>(w.rows, window * WINDOW, rows, batch, out, WINDOW, dtype, y);
     }

@@ -209,7 +209,7 @@ void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begi
         const int64_t first = u * unit, rows = w.rows - first < unit ? w.rows - first : unit;
         const int64_t from = first / w.block_out, to = (first + rows) / w.block_out;
         for (int64_t row = 0; w.sparse.windows && row < rows; row += WINDOW)
-            fetch_slices(w.sparse, Part(w.sparse, (first + row) / WINDOW, 0, 1));
+            fetch_slices(w.sparse, (first + row) / WINDOW);
         switch (w.bits) {
             case 1: trellis_words<S, 1>(w, in, from, to, sums, unit); break;
             case 2: trellis_words<S, 2>(w, in, from, to, sums, unit); break;
