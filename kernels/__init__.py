@@ -225,7 +225,7 @@ def embedding(
 def kernel_path(kind: str, device: torch.device | str) -> str:
     """Which implementation serves ``kind`` on ``device``, for logs and metrics.
 
-    ``"cpu-avx512"``, say; ``"cuda"`` is CUDA C++ (with Triton where weights are expanded), ``"triton"`` Triton alone,
+    ``"cpu-avx512"``, say; ``"cuda"`` is CUDA C++ (with Triton for what that leaves out), ``"triton"`` Triton alone,
     ``"torch-reference"`` plain torch.
 
     Raises:

@@ -16,76 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernel_path, linear, reference, repack
-from ..bitstream import pack_codes
+from .. import kernel_path, linear, repack
+from .layers import DENSITIES, DENSITY, FORMATS, Format, canonical, residual, weight_of
 
-__all__ = ["FORMATS", "SHAPES", "main"]
+__all__ = ["SHAPES", "main"]
 
 SHAPES = ((4096, 4096), (6144, 4096), (28_672, 4096), (4096, 14_336))
 """``(out_features, in_features)``: output, query with key and value, gate with up, and down projections."""
-FORMATS = (
-    *(("uniform", bits, group_size, 0) for bits, group_size in ((2, 64), (3, 64), (4, 128), (8, 128))),
-    *(("lut", bits, 0, 0) for bits in (2, 3, 4)),
-    *(("trellis", bits, 0, 12) for bits in (2, 3, 4)),
-)
 BATCHES = (1, 4, 16, 64, 2048)
-DENSITIES = (0.0, 0.0005, 0.005)
 COLD_BYTES = 320 << 20
-Format = tuple[str, int, int, int]
-
-
-def canonical(form: Format, rows: int, columns: int, density: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random canonical tensors of a layer on the generator's device."""
-    kind, bits, group_size, _ = form
-    device = generator.device
-
-    def random_bytes(*shape: int) -> Tensor:
-        return torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
-
-    def codes(count: int) -> Tensor:
-        values = torch.randint(1 << bits, (rows, count), dtype=torch.uint8, device=device, generator=generator)
-        return pack_codes(values, bits)
-
-    def scales(*shape: int) -> Tensor:
-        return (torch.rand(*shape, device=device, generator=generator) * 0.01 + 0.001).half()
-
-    if kind == "uniform":
-        groups = -(-columns // group_size)
-        out = {"qweight": codes(columns), "scales": scales(rows, groups), "qzeros": codes(groups)}
-    elif kind == "lut":
-        table = torch.randn(rows, 1 << bits, device=device, generator=generator) * 0.02
-        out = {"qweight": codes(columns), "lookup_table": table.half()}
-    else:
-        out = {
-            "qweight": random_bytes(rows // 128, columns, 16 * bits),
-            "scales": scales(rows // 128, columns // 128),
-            "signs_in": random_bytes(columns // 8),
-            "signs_out": random_bytes(rows // 8),
-        }
-    if density:
-        mask = torch.rand(rows, columns, device=device, generator=generator) < density
-        indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        indptr[1:] = mask.sum(1).cumsum(0)
-        values = torch.randn(int(indptr[-1]), device=device, generator=generator) * 0.02
-        indices = mask.nonzero()[:, 1].to(torch.int32)
-        out |= {"sparse_indptr": indptr, "sparse_indices": indices, "sparse_values": values.half()}
-    return out
-
-
-def weight_of(form: Format, tensors: dict[str, Tensor], columns: int) -> Tensor:
-    """float32 ``[rows, columns]`` by reference.py."""
-    kind, bits, group_size, state_bits = form
-    dense = {name: tensor for name, tensor in tensors.items() if not name.startswith("sparse")}
-    if kind == "uniform":
-        weight = reference.dequantize_uniform(**dense, bits=bits, group_size=group_size, in_features=columns)
-    elif kind == "lut":
-        weight = reference.dequantize_lut(**dense, bits=bits, in_features=columns)
-    else:
-        weight = reference.dequantize_trellis(**dense, bits=bits, state_bits=state_bits, in_features=columns)
-    if "sparse_values" in tensors:
-        sparse = (tensors[f"sparse_{name}"] for name in ("indptr", "indices", "values"))
-        weight = reference.add_sparse_(weight, *sparse)
-    return weight
 
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = 9) -> float:
@@ -132,16 +71,14 @@ class Layers:
 
     def __init__(self, form: Format, tensors: dict[str, Tensor], shape: tuple[int, int]) -> None:
         self.form, self.shape = form, shape
-        kind, bits, group_size, state_bits = form
-        self.settings = {"bits": bits, "group_size": group_size, "state_bits": state_bits}
-        layer = repack(kind, tensors, **self.settings, in_features=shape[1], device="cuda")
+        layer = repack(form.kind, tensors, **form.settings, in_features=shape[1], device="cuda")
         self.nbytes = sum(tensor.nbytes for name, tensor in layer.items() if name != "locks")
         copies = min(64, max(2, -(-COLD_BYTES // self.nbytes)))
         self.copies = [layer]
         self.copies += [{name: tensor.clone() for name, tensor in layer.items()} for _ in range(copies - 1)]
 
     def __call__(self, x: Tensor, copy: int = 0) -> Tensor:
-        return linear(self.form[0], x, self.copies[copy], out_features=self.shape[0], **self.settings)
+        return linear(self.form.kind, x, self.copies[copy], out_features=self.shape[0], **self.form.settings)
 
     def microseconds(self, x: Tensor) -> float:
         count = len(self.copies) if x.shape[0] <= 64 else 2
@@ -162,8 +99,9 @@ def measure(
     del dense
     for form in formats:
         alone: dict[float, float] = {}
-        for density in DENSITIES[:1] + DENSITIES[2:] + DENSITIES[1:2]:  # the last is what the rest is measured on
-            tensors = canonical(form, rows, columns, density, generator)
+        dense_part = canonical(form, rows, columns, "cuda")
+        for density in sorted(DENSITIES, key=DENSITY.__eq__):  # the last is what the rest is measured on
+            tensors = dense_part | residual(rows, columns, density, "cuda")
             layers = Layers(form, tensors, shape)
             alone[density] = layers.microseconds(inputs[1])
         weight = weight_of(form, tensors, columns)
@@ -172,14 +110,10 @@ def measure(
             took = alone[density] if batch == 1 else layers.microseconds(x)
             exact = x.double() @ exact_weight
             off, peer_off = layers(x).double() - exact, (x @ rounded).double() - exact
-            kind, bits, group_size, state_bits = form
             yield {
                 "out_features": rows,
                 "in_features": columns,
-                "kind": kind,
-                "bits": bits,
-                "group_size": group_size,
-                "state_bits": state_bits,
+                **form._asdict(),
                 "density": density,
                 "batch": batch,
                 "microseconds": took,

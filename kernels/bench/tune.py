@@ -1,6 +1,6 @@
 """``python -m vllm_requant.kernels.bench --device cuda --tune``: measure which variant of a kernel is the fastest.
 
-For the layers of Llama 3 models, each format and class of batches; see gpu/tuning.py.
+For the layers of Llama 3 8B, each format and class of batches; see gpu/tuning.py.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,18 @@ from torch import Tensor
 
 from ..gpu import native, ops, tuning
 from ..gpu.weights import NAMES, Weights
-from .gpu import FORMATS, SHAPES, Layers, canonical, microseconds
+from .gpu import SHAPES, Layers, microseconds
+from .layers import FORMATS, canonical
 
 __all__ = ["tune"]
 
-MORE_SHAPES = (
-    *((2048, 2048), (3072, 2048), (16_384, 2048), (2048, 8192)),  # 1B
-    *((3072, 3072), (5120, 3072), (16_384, 3072), (3072, 8192)),  # 3B
-    *((8192, 8192), (10_240, 8192), (57_344, 8192), (8192, 28_672)),  # 70B
-)
 
-
-def tune(everything: bool = False) -> None:
-    """Measure, print and keep: the layers of Llama 3 8B, or also those of 1B, 3B and 70B."""
+def tune() -> None:
+    """Measure, print and keep."""
     table: tuning.Table = {}
-    generator = torch.Generator("cuda").manual_seed(0)
-    for shape in SHAPES + (MORE_SHAPES if everything else ()):
+    for shape in SHAPES:
         for form in FORMATS:
-            layers = Layers(form, canonical(form, *shape, 0.0, generator), shape)
+            layers = Layers(form, canonical(form, *shape, "cuda"), shape)
             kind, bits, group_size, state_bits = form
             copies = [
                 Weights(*[layer[name] for name in NAMES], *(kind, bits, group_size, state_bits, shape[1], shape[0]))  # type: ignore[call-arg, arg-type]

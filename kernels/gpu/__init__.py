@@ -18,7 +18,7 @@ _OLDEST = (8, 0)  # compute capability: asynchronous copies, products of bytes a
 @cache
 def _path(index: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return None  # expands weights for large batches, also beside CUDA C++
+        return None  # looks rows up, and takes what CUDA C++ leaves out
     capable = torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= _OLDEST
     return "cuda" if capable and driver.available() else "triton"
 
