@@ -204,13 +204,12 @@ void pack_slices(const Slices& slices, const Index* indices, const uint16_t* val
         const Slices::Lane* lanes = &slices.lanes[i];
         SliceHead& head = *reinterpret_cast<SliceHead*>(to);
         head.length = lanes[0].length;
-        Index* columns = reinterpret_cast<Index*>(to + sizeof head);
-        uint16_t* to_values = reinterpret_cast<uint16_t*>(columns + STEP * head.length);
+        SliceStep<Index>* steps = reinterpret_cast<SliceStep<Index>*>(to + sizeof head);
         for (int l = 0; l < STEP; ++l) {
             head.rows[l] = lanes[l].row;
             for (int32_t k = 0; k < lanes[l].length; ++k) {
-                columns[STEP * k + l] = indices[lanes[l].first + k];
-                to_values[STEP * k + l] = values[lanes[l].first + k];
+                steps[k].columns[l] = indices[lanes[l].first + k];
+                steps[k].values[l] = values[lanes[l].first + k];
             }
         }
         to += SLICE_UNIT * slice_units(head.length, sizeof(Index) == 4);
@@ -353,16 +352,16 @@ int64_t packed(const Body& body, void* out) {
 // A batch of at most MAX_BATCH.
 void integer_linear(const Weights& w, const float* x, int64_t batch, int planes, int dtype, void* y) {
     const Tier& isa = tier();
-    const int64_t cells = w.chunks() * batch, windows = (w.rows + WINDOW - 1) / WINDOW;
+    const int64_t cells = w.chunks() * batch, windows = windows_of(w.rows);
     float* scales = buffer<float>(1, cells);
     float* sums = buffer<float>(2, cells * w.parts());
     int8_t* bytes = buffer<int8_t>(0, cells * planes * CHUNK);
     isa.quantize(x, batch, w.columns, planes, isa.order(w.kind, w.bits, planes), w.parts(), bytes, scales, sums);
     const Activations in{batch, planes, w.parts(), bytes, scales, sums, x};
     const int threads = thread_count(w.rows * w.columns * batch, windows);
-    float* scratch = buffer<float>(3, threads * batch * WINDOW);
+    float* scratch = buffer<float>(3, threads * scratch_of(batch, WINDOW));
     share(threads, windows, [&](int64_t begin, int64_t end, int thread) {
-        isa.linear(w, in, begin, end, dtype, y, scratch + thread * batch * WINDOW);
+        isa.linear(w, in, begin, end, dtype, y, scratch + thread * scratch_of(batch, WINDOW));
     });
 }
 
@@ -380,9 +379,9 @@ void trellis_linear(const Trellis& w, const float* x, int64_t batch, int planes,
     isa.quantize_words(rotated, batch, w.columns, w.block_in, count, words, scales, sums);
     const TrellisActivations in{batch, count, words, scales, sums, x};
     const int threads = thread_count(2 * w.rows * w.columns * batch, units);
-    float* scratch = buffer<float>(3, threads * batch * unit);
+    float* scratch = buffer<float>(3, threads * scratch_of(batch, unit));
     share(threads, units, [&](int64_t begin, int64_t end, int thread) {
-        isa.trellis_linear(w, in, begin, end, dtype, y, scratch + thread * batch * unit);
+        isa.trellis_linear(w, in, begin, end, dtype, y, scratch + thread * scratch_of(batch, unit));
     });
 }
 
@@ -536,9 +535,8 @@ REQUANT_API int requant_trellis_rotate(const void* packed, int64_t packed_bytes,
         float* rows = in_place + begin * width;
         if (!back) return tier().rotate(end - begin, width, w.block_in, w.signs_in, rows);
         tier().rotate_back(end - begin, width, w.block_out, w.signs_out, rows);
-        for (int64_t window = 0; w.sparse.windows && window * WINDOW < width; ++window)
-            tier().sparse(w.sparse, window, x + begin * w.columns, end - begin, w.columns, rows + window * WINDOW,
-                          width);
+        if (w.sparse.windows)
+            tier().sparse(w.sparse, windows_of(width), x + begin * w.columns, end - begin, w.columns, rows, width);
     });
     return OK;
 }

@@ -35,6 +35,11 @@ constexpr int TABLE_SHIFT = 7;       // bits of a byte of a table entry
 constexpr int ENTRIES = 16;          // bytes of a row in a plane of tables
 constexpr int64_t MAX_BATCH = 16;    // activations that are multiplied together
 
+// Windows whose residual is computed at a time.
+constexpr int64_t stretch_of(int64_t batch) { return batch < 32 ? 64 / batch : 2; }
+// Floats of scratch for dense sums of up to `rows` rows and the residual of a stretch.
+constexpr int64_t scratch_of(int64_t batch, int64_t rows) { return batch * (rows + stretch_of(batch) * WINDOW); }
+
 enum Kind : int { UNIFORM = 0, LUT = 1, TRELLIS = 2 };
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 // How integers of activations lie: byte by byte; as words of 16 bits; as words, of every step of 16 columns those with
@@ -44,20 +49,28 @@ enum Order : int { BYTES = 0, WORDS = 1, EVEN_FIRST = 2 };
 constexpr int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 constexpr int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 constexpr int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
+constexpr int64_t windows_of(int64_t rows) { return (rows + WINDOW - 1) / WINDOW; }
 constexpr int64_t tile_chunk_bytes(int bits) { return TILE_ROWS * CHUNK * bits / 8; }
 
 // The sparse part, window by window. The elements of a row are cut into runs, which are the 16 lanes of slices. A slice is
-// the length of its longest lane and the lanes' rows in the window (SliceHead), then the columns (uint16 or int32), then
-// the values (float16), element k of lane l at 16 k + l; shorter lanes are padded with column 0 and value 0. So what a
-// window needs is one run of memory, which can be asked for in time.
+// the length of its longest lane and the lanes' rows in the window (SliceHead), then element after element of all lanes
+// (SliceStep); shorter lanes are padded with column 0 and value 0. All of it is one stream of memory.
 struct SliceHead {
     int32_t length, unused[3];
     uint8_t rows[STEP];
 };
 
+template <class Index>  // uint16_t or int32_t
+struct SliceStep {
+    Index columns[STEP];
+    uint16_t values[STEP];  // float16
+};
+
 constexpr int64_t SLICE_UNIT = 32;  // bytes; every slice is a multiple
 static_assert(sizeof(SliceHead) == SLICE_UNIT, "");
-constexpr int64_t slice_units(int64_t length, bool wide) { return 1 + STEP * length * (wide ? 6 : 4) / SLICE_UNIT; }
+constexpr int64_t slice_units(int64_t length, bool wide) {
+    return 1 + length * int64_t(wide ? sizeof(SliceStep<int32_t>) : sizeof(SliceStep<uint16_t>)) / SLICE_UNIT;
+}
 
 struct Sparse {
     const int32_t* windows;  // [windows + 1] units before those of a window; null without a sparse part
@@ -151,14 +164,14 @@ struct Tier {
                      float* scales, float* sums);
     // how `linear` takes the activations of such a weight
     Order (*order)(int kind, int bits, int planes);
-    // y[m, n] for the rows n of the windows begin ... end - 1 and all m; sums: batch * WINDOW floats of scratch
-    void (*linear)(const Weights&, const Activations&, int64_t begin, int64_t end, int dtype, void* y, float* sums);
+    // y[m, n] for the rows n of the windows begin ... end - 1 and all m; sums: scratch
+    void (*linear)(const Weights&, const Activations&, int64_t begin, int64_t end, int dtype, void* y, float* out);
     // out[i - first] = row ids[i] (or row i, without ids) for i in [begin, end); line: columns floats of scratch
     void (*dequantize)(const Weights&, const int64_t* ids, int64_t first, int64_t begin, int64_t end, int dtype,
                        void* out, float* line);
     void (*widen)(int dtype, const void* in, float* out, int64_t count);
-    // sums[m, row] += sparse part of a window of rows times x[m], the columns of a row of sums being `stride` apart
-    void (*sparse)(const Sparse&, int64_t window, const float* x, int64_t batch, int64_t columns, float* sums,
+    // sums[m, row] += sparse part of the first windows times x[m], the columns of a row of sums being `stride` apart
+    void (*sparse)(const Sparse&, int64_t windows, const float* x, int64_t batch, int64_t columns, float* sums,
                    int64_t stride);
 
     // x [count, columns] times signs, then through the Hadamard transform of every block, without its factor
@@ -168,7 +181,7 @@ struct Tier {
     // words, scales and sums of a TrellisActivations from its rotated x
     void (*quantize_words)(const float* rotated, int64_t batch, int64_t columns, int64_t block, int count,
                            int32_t* words, float* scales, int32_t* sums);
-    // y[m, n] for the rows n of the units begin ... end - 1 and all m; sums: batch * trellis_unit floats of scratch
+    // y[m, n] for the rows n of the units begin ... end - 1 and all m; sums: scratch_of(batch, trellis_unit) floats
     void (*trellis_linear)(const Trellis&, const TrellisActivations&, int64_t begin, int64_t end, int dtype, void* y,
                            float* sums);
     // out [columns, stride] of type `dtype`: rotated weights of the row blocks begin ... end - 1, from block `begin` on

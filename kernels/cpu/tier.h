@@ -218,7 +218,8 @@ struct Block<V, 8, ROWS> {
 
 // ---- products ----------------------------------------------------------------------------------------------
 
-constexpr int64_t AHEAD = 4096;  // bytes from a load to what is fetched for later
+// bytes from a load to what is fetched for later: of codes and of the sparse part
+constexpr int64_t AHEAD = 8192, SLICES_AHEAD = 4096;
 
 // Entries have PLANES bytes of 7 bits. Of `depth` bytes the lower ones are cut off: what they stood for is half a unit
 // on average.
@@ -372,74 +373,90 @@ template <class Index>
 struct Slice {
     const uint8_t* at;
     const SliceHead& head() const { return *reinterpret_cast<const SliceHead*>(at); }
-    int32_t elements() const { return STEP * head().length; }
-    const Index* columns() const { return reinterpret_cast<const Index*>(at + sizeof(SliceHead)); }
-    const uint16_t* values() const { return reinterpret_cast<const uint16_t*>(columns() + elements()); }
-    Slice next() const { return {reinterpret_cast<const uint8_t*>(values() + elements())}; }
+    const SliceStep<Index>* begin() const { return reinterpret_cast<const SliceStep<Index>*>(at + sizeof(SliceHead)); }
+    const SliceStep<Index>* end() const { return begin() + head().length; }
+    Slice next() const { return {reinterpret_cast<const uint8_t*>(end())}; }
 };
 
 inline const uint8_t* slices_of(const Sparse& sparse, int64_t window) {
     return sparse.slices + sparse.windows[window] * SLICE_UNIT;
 }
 
-// Asks for the slices of a window, too few for the processor to see them coming. Always inline: a function that does
-// nothing else has no effect as GCC sees it, and would not be called.
-REQUANT_INLINE void fetch_slices(const Sparse& sparse, int64_t window) {
-    const uint8_t* end = slices_of(sparse, window + 1);
-    for (const uint8_t* at = slices_of(sparse, window); at < end; at += 64) __builtin_prefetch(at);
-    __builtin_prefetch(sparse.windows + window + 16);
+template <class S, class Index>
+void sparse_rows(const Sparse& sparse, int64_t begin, int64_t end, const float* x, const uint8_t* soon, int64_t line,
+                 float* sums) {
+    for (int64_t window = begin; window < end; ++window, sums += WINDOW) {
+        const uint8_t* behind = slices_of(sparse, window + 1);
+        for (Slice<Index> slice{slices_of(sparse, window)}; slice.at < behind; slice = slice.next()) {
+            typename S::Tile sum = S::tile_splat(0.0f);
+            for (const SliceStep<Index>& step : slice) {
+                sum = S::sparse_step(sum, step.columns, step.values, x);
+                __builtin_prefetch(reinterpret_cast<const uint8_t*>(&step) + SLICES_AHEAD);
+                __builtin_prefetch(soon);
+                soon += line;
+            }
+            float lanes[STEP];
+            S::tile_store(sum, lanes);
+            for (int l = 0; l < STEP; ++l) sums[slice.head().rows[l]] += lanes[l];
+        }
+    }
 }
 
-// The residual of a window and one row of activations, 16 elements at a time, so that they can be taken in between others.
-template <class S, class Index>
-class Residual {
-  public:
-    Residual() = default;  // nothing
-    Residual(const Sparse& sparse, int64_t window, const float* x, float* sums)
-        : slice_{slices_of(sparse, window)}, end_(slices_of(sparse, window + 1)), x_(x), sums_(sums) {
-        if (more()) enter();
+// sums[m, row] += sparse part of the windows begin ... end - 1 times x[m], the columns of a row of sums being `stride`
+// apart. With every step a line of memory from `soon` on is asked for, if that is not null.
+template <class S>
+void sparse_windows(const Sparse& sparse, int64_t begin, int64_t end, const float* x, int64_t batch, int64_t columns,
+                    const uint8_t* soon, float* sums, int64_t stride) {
+    for (int64_t m = 0; m < batch; ++m, x += columns, sums += stride, soon = nullptr) {
+        if (sparse.wide)
+            sparse_rows<S, int32_t>(sparse, begin, end, x, soon, soon ? 64 : 0, sums);
+        else
+            sparse_rows<S, uint16_t>(sparse, begin, end, x, soon, soon ? 64 : 0, sums);
     }
-    bool more() const { return slice_.at < end_; }
-    // steps of what is left, or somewhat more
-    int64_t most_steps() const { return (end_ - slice_.at) / (STEP * int64_t(sizeof(Index) + sizeof(uint16_t))); }
-    REQUANT_INLINE void step() {
-        lanes_ = S::sparse_step(lanes_, slice_.columns() + at_, slice_.values() + at_, x_);
-        at_ += STEP;
-        if (at_ < count_) return;
-        float lanes[STEP];
-        S::tile_store(lanes_, lanes);
-        const uint8_t* rows = slice_.head().rows;
-        for (int l = 0; l < STEP; ++l) sums_[rows[l]] += lanes[l];
-        slice_ = slice_.next();
-        if (more()) enter();
-    }
-
-  private:
-    REQUANT_INLINE void enter() { at_ = 0, count_ = slice_.elements(), lanes_ = S::tile_splat(0.0f); }
-    Slice<Index> slice_{nullptr};
-    const uint8_t* end_ = nullptr;
-    const float* x_ = nullptr;
-    float* sums_ = nullptr;
-    int32_t at_ = 0, count_ = 0;
-    typename S::Tile lanes_ = S::tile_splat(0.0f);
-};
-
-template <class S, class Index>
-REQUANT_INLINE void sparse_rows(const Sparse& sparse, int64_t window, const float* x, int64_t batch, int64_t columns,
-                                float* sums, int64_t stride) {
-    for (int64_t m = 0; m < batch; ++m)
-        for (Residual<S, Index> residual(sparse, window, x + m * columns, sums + m * stride); residual.more();)
-            residual.step();
 }
 
 template <class S>
-void sparse_window(const Sparse& sparse, int64_t window, const float* x, int64_t batch, int64_t columns, float* sums,
-                   int64_t stride) {
-    if (sparse.wide)
-        sparse_rows<S, int32_t>(sparse, window, x, batch, columns, sums, stride);
-    else
-        sparse_rows<S, uint16_t>(sparse, window, x, batch, columns, sums, stride);
+void sparse(const Sparse& sparse, int64_t windows, const float* x, int64_t batch, int64_t columns, float* sums,
+            int64_t stride) {
+    sparse_windows<S>(sparse, 0, windows, x, batch, columns, nullptr, sums, stride);
 }
+
+// The residual of the windows up to `end`, of a stretch of windows at a time: while codes run through the first cache, they
+// drive out the activations, and to get a line of those back takes as long as a line of codes. Apart from the dense sums,
+// so that both are rounded alike in every batch.
+template <class S>
+class Residual {
+  public:
+    Residual(const Sparse& sparse, int64_t end, const float* x, int64_t batch, int64_t columns, float* scratch)
+        : sparse_(sparse), end_(end), x_(x), batch_(batch), columns_(columns), sums_(scratch) {}
+
+    // Before the dense sums from `window` on, whose codes are `soon` wanted.
+    void prepare(int64_t window, const uint8_t* soon) {
+        if (!sparse_.windows || window < until_) return;
+        begin_ = window;
+        until_ = window + stretch_ < end_ ? window + stretch_ : end_;
+        __builtin_memset(sums_, 0, size_t(batch_ * stride_) * sizeof(float));
+        sparse_windows<S>(sparse_, begin_, until_, x_, batch_, columns_, soon, sums_, stride_);
+    }
+
+    // to[m * stride + i] += that of `count` rows from the first of `window` on
+    void add(int64_t window, int64_t count, float* to, int64_t stride) const {
+        if (!sparse_.windows) return;
+        for (int64_t m = 0; m < batch_; ++m) {
+            const float* from = sums_ + m * stride_ + (window - begin_) * WINDOW;
+            for (int64_t i = 0; i < count; ++i) to[m * stride + i] += from[i];
+        }
+    }
+
+  private:
+    const Sparse& sparse_;
+    const int64_t end_;
+    const float* const x_;
+    const int64_t batch_, columns_;
+    float* const sums_;
+    const int64_t stretch_ = stretch_of(batch_), stride_ = stretch_ * WINDOW;
+    int64_t begin_ = 0, until_ = 0;
+};
 
 // What the middle of the tables' range takes off the products with a row of activations.
 template <class S, class Made>
@@ -454,30 +471,14 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
                     float* out) {
     using Made = Form<S, KIND, BITS, DEPTH, P>;
     constexpr int COUNT = TILE_ROWS / S::rows;
-    constexpr bool one = M == 1;
     const int64_t chunks = w.chunks(), tiles = w.tiles(), batch = M ? M : in.batch;
+    Residual<S> residual(w.sparse, end, in.x, batch, w.columns, out + batch * WINDOW);
     float offsets[MAX_BATCH];
     for (int64_t m = 0; m < batch; ++m) offsets[m] = KIND == LUT ? table_offset<S, Made>(in, chunks, m) : 0.0f;
     for (int64_t window = begin; window < end; ++window) {
         const int64_t first = window * (WINDOW / TILE_ROWS);
         const int64_t last = first + WINDOW / TILE_ROWS < tiles ? first + WINDOW / TILE_ROWS : tiles;
-        // What the residual adds, apart from the dense sums, so that both are rounded alike in every batch. That of one
-        // activation is taken in between the chunks, so that the stream of codes never rests, and ends early: its single
-        // additions should have left the processor when vectors of them are read.
-        float extra[(one ? 1 : MAX_BATCH) * WINDOW];
-        __builtin_memset(extra, 0, size_t(batch) * WINDOW * sizeof(float));
-        Residual<S, uint16_t> residual;
-        int64_t steps = 0, due = 0;
-        const int64_t turns = (last - first) * chunks * 7 / 8 + 1;
-        if (w.sparse.windows) {
-            if (window + 1 < end) fetch_slices(w.sparse, window + 1);
-            if (one && !w.sparse.wide) {
-                residual = Residual<S, uint16_t>(w.sparse, window, in.x, extra);
-                steps = residual.most_steps();
-            } else {
-                sparse_window<S>(w.sparse, window, in.x, batch, w.columns, extra, WINDOW);
-            }
-        }
+        residual.prepare(window, w.codes + first * chunks * tile_chunk_bytes(BITS));
         for (int64_t tile = first; tile < last; ++tile) {
             typename S::Bytes tables[COUNT][PLANES];
             if constexpr (KIND == LUT)
@@ -492,12 +493,8 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
             for (int64_t n = 0; n < COUNT * batch; ++n) sums.products[n] = typename S::Floats{};
             for (int64_t m = 0; m < batch; ++m) sums.offsets[m] = S::tile_splat(offsets[m]);
             GroupWalk groups(w);
-            for (int64_t c = 0; c < chunks; ++c) {
+            for (int64_t c = 0; c < chunks; ++c)
                 tile_chunk<S, KIND, BITS, DEPTH, P, PARTS, M>(w, in, tile, c, groups, tables, sums);
-                if constexpr (one)
-                    for (due += steps; due >= turns; due -= turns)
-                        if (residual.more()) residual.step();
-            }
             for (int64_t m = 0; m < batch; ++m) {
                 float totals[TILE_ROWS], rows[TILE_ROWS];
                 S::tile_store(sums.offsets[m], rows);
@@ -510,8 +507,7 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
                 }
             }
         }
-        while (residual.more()) residual.step();
-        for (int64_t i = 0; i < batch * WINDOW; ++i) out[i] += extra[i];
+        residual.add(window, WINDOW, out, WINDOW);
         const int64_t rows = w.rows - window * WINDOW < WINDOW ? w.rows - window * WINDOW : WINDOW;
         store_rows<S>(w.rows, window * WINDOW, rows, batch, out, WINDOW, dtype, y);
     }
@@ -597,8 +593,7 @@ void add_sparse(const Sparse& sparse, int64_t row, float* out) {
         for (int l = 0; l < STEP; ++l) {
             if (slice.head().rows[l] != row % WINDOW) continue;
             // padding adds 0 to column 0
-            for (int32_t e = l; e < slice.elements(); e += STEP)
-                out[slice.columns()[e]] += S::half_to_float(slice.values()[e]);
+            for (const SliceStep<Index>& step : slice) out[step.columns[l]] += S::half_to_float(step.values[l]);
         }
     }
 }

@@ -204,12 +204,12 @@ void trellis_words(const Trellis& w, const TrellisActivations& in, int64_t begin
 template <class S>
 void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, int dtype, void* y,
                     float* sums) {
-    const int64_t unit = trellis_unit(w.block_out);
+    const int64_t unit = trellis_unit(w.block_out), last = end * unit < w.rows ? end * unit : w.rows;
+    Residual<S> residual(w.sparse, windows_of(last), in.x, in.batch, w.columns, sums + in.batch * unit);
     for (int64_t u = begin; u < end; ++u) {
         const int64_t first = u * unit, rows = w.rows - first < unit ? w.rows - first : unit;
         const int64_t from = first / w.block_out, to = (first + rows) / w.block_out;
-        for (int64_t row = 0; w.sparse.windows && row < rows; row += WINDOW)
-            fetch_slices(w.sparse, (first + row) / WINDOW);
+        residual.prepare(first / WINDOW, nullptr);
         switch (w.bits) {
             case 1: trellis_words<S, 1>(w, in, from, to, sums, unit); break;
             case 2: trellis_words<S, 2>(w, in, from, to, sums, unit); break;
@@ -218,8 +218,7 @@ void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begi
             case 5: trellis_words<S, 5>(w, in, from, to, sums, unit); break;
             default: trellis_words<S, 6>(w, in, from, to, sums, unit); break;
         }
-        for (int64_t row = 0; w.sparse.windows && row < rows; row += WINDOW)
-            sparse_window<S>(w.sparse, (first + row) / WINDOW, in.x, in.batch, w.columns, sums + row, unit);
+        residual.add(first / WINDOW, rows, sums, unit);
         store_rows<S>(w.rows, first, rows, in.batch, sums, unit, dtype, y);
     }
 }
@@ -268,7 +267,7 @@ constexpr Tier make_tier(const char* name) {
                 &linear<S>,
                 &dequantize<S>,
                 &widen<S>,
-                &sparse_window<S>,
+                &sparse<S>,
                 &rotate<S, false>,
                 &rotate<S, true>,
                 &quantize_words<S>,
