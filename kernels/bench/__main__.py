@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu, kernel_path, linear, repack
+from ..cpu import memory
 from . import gpu, tune
 from .layers import DENSITIES, DENSITY, FORMATS, Format, canonical, residual, weight_of
 
@@ -46,7 +47,7 @@ def seconds(call: Callable[[int], object], budget: float) -> float:
 
 def read_bandwidth(threads: int) -> float:
     """Bytes a second that ``threads`` threads read from a block larger than the caches."""
-    block = torch.ones(COLD_BYTES, dtype=torch.uint8)
+    block = memory.empty(COLD_BYTES).fill_(1)
     native = cpu.library()
     return block.numel() / seconds(lambda _: native.requant_read(block.data_ptr(), block.numel(), threads), 1.0)
 
@@ -66,7 +67,8 @@ class Layers:
         layer = repack(form.kind, tensors, **form.settings, in_features=shape[1], device="cpu")
         self.nbytes = sum(tensor.nbytes for tensor in layer.values())
         self.copies = [layer] + [
-            {name: tensor.clone() for name, tensor in layer.items()} for _ in range(_copies(self.nbytes) - 1)
+            {name: memory.empty(len(packed)).copy_(packed) for name, packed in layer.items()}
+            for _ in range(_copies(self.nbytes) - 1)
         ]
 
     def __call__(self, x: Tensor, copy: int = 0) -> Tensor:

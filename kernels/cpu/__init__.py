@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..native import HOW_TO_BUILD, NativeCodeError, open_library
+from . import memory
 
 __all__ = [
     "ISA_NAMES",
@@ -200,7 +201,7 @@ def pack_trellis(
 
 
 def _packed(function: "ctypes._FuncPointer", arguments: tuple[int | None, ...]) -> Tensor:
-    out = torch.empty(_check(function(*arguments, None)), dtype=torch.uint8)
+    out = memory.empty(_check(function(*arguments, None)))
     _check(function(*arguments, out.data_ptr()))
     return out
 

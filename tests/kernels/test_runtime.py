@@ -1,5 +1,6 @@
 """What surrounds the products: run-time layout, other devices, tracing, loading the native code, errors."""
 
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from vllm_requant import kernels
 from vllm_requant.format.kinds import KINDS
 from vllm_requant.format.schema import LayerSpec
 from vllm_requant.kernels import cpu, ops
+from vllm_requant.kernels.cpu import memory
 
 FORMATS = [("uniform", bits, group) for bits in (2, 3, 4, 8) for group in (32, 128)]
 FORMATS += [("lut", bits, 0) for bits in (2, 3, 4)]
@@ -187,6 +189,27 @@ def test_environment_caps_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.undo()
         cpu.library.cache_clear()
         cpu.library().requant_set_isa(before)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on request")
+def test_packed_weights_share_huge_pages() -> None:
+    """Small ones lie in one mapping, each in a storage of its own, and all memory goes back with the last of them."""
+
+    def mapped() -> int:
+        return sum(line.startswith("VmSize") and int(line.split()[1]) for line in open("/proc/self/status")) // 1024
+
+    before = mapped()
+    small = [memory.empty(300_001).fill_(i) for i in range(100)]
+    large = memory.empty(memory.BLOCK).fill_(7)
+    assert all(int(part[0]) == int(part[-1]) == i for i, part in enumerate(small))
+    assert all(part.data_ptr() % memory.ALIGNMENT == 0 for part in small)
+    assert all(part.untyped_storage().nbytes() == 300_001 for part in small)
+    assert max(part.data_ptr() for part in small) - min(part.data_ptr() for part in small) < 2 * memory.BLOCK
+    assert large.data_ptr() % memory.HUGE_PAGE == 0
+    assert mapped() - before >= memory.BLOCK * 3 // 2 >> 20
+    del small, large
+    assert mapped() - before < memory.BLOCK >> 20
+    assert memory.empty(0).numel() == 0
 
 
 def test_fresh_process() -> None:
