@@ -64,6 +64,8 @@ struct Avx2 {
         upper = _mm256_sub_epi8(rest, _mm256_set1_epi8(32));
     }
 
+    static constexpr int held = 4;
+    static REQUANT_INLINE Ints shifted_plus(Ints a, Ints b) { return _mm256_add_epi32(_mm256_slli_epi32(a, 8), b); }
     static REQUANT_INLINE Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
     static REQUANT_INLINE Floats splat(float v) { return _mm256_set1_ps(v); }
     struct Tile {

@@ -64,6 +64,8 @@ struct Avx512 {
         upper = _mm512_sub_epi8(rest, _mm512_set1_epi8(32));
     }
 
+    static constexpr int held = 16;
+    static REQUANT_INLINE Ints shifted_plus(Ints a, Ints b) { return _mm512_add_epi32(_mm512_slli_epi32(a, 8), b); }
     static REQUANT_INLINE Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
     static REQUANT_INLINE Floats splat(float v) { return _mm512_set1_ps(v); }
     using Tile = __m512;

@@ -44,6 +44,8 @@ struct Scalar {
         static REQUANT_INLINE Ints of(Sums sum) { return sum; }
     };
 
+    static constexpr int held = 4;
+    static REQUANT_INLINE Ints shifted_plus(Ints a, Ints b) { return a * 256 + b; }
     static REQUANT_INLINE Floats floats(Ints v) { return __builtin_convertvector(v, Floats); }
     static REQUANT_INLINE Floats splat(float v) { return Floats{v, v, v, v}; }
     struct Tile {

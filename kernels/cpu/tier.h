@@ -18,6 +18,8 @@
 //                                   to those of a word less 2^13
 //   word_lookup_bits                codes of up to so many bits are looked up as words; then lookup_words, in tables of 8
 //                                   words a row: for the even and for the odd columns
+//   held                            registers for weights that several activations meet
+//   shifted_plus                    of Ints: the first 8 bits up, plus the second
 //   floats, splat                   of Ints; of a number
 //   Tile, tile_halves, tile_bytes   16 floats, one a row, from float16 or bytes; default: zeros
 //   tile_mul, tile_fma, tile_store  with a float; with two tiles; to 16 floats
@@ -296,14 +298,16 @@ REQUANT_INLINE typename S::Floats products(const typename S::Bytes (*weight)[STE
         using Dot = typename S::template Dot<Made::most>;
         typename S::Floats total{};
         for (int d = 0; d < Made::count; ++d) {
-            typename S::Floats across{};
+            typename S::Ints dots[P];
             for (int p = 0; p < P; ++p) {
                 typename Dot::Sums dot = Dot::none();
                 REQUANT_UNROLL(4)
                 for (int s = begin; s < end; ++s) dot = Dot::add(dot, weight[d][s], x.of[p * STEPS + s]);
-                const typename S::Floats one = S::floats(Dot::of(dot));
-                across = p == 0 ? one : S::fma(across, S::splat(256.0f), one);
+                dots[p] = Dot::of(dot);
             }
+            // two planes fit an integer: 64 * 255 * 128 * 257 < 2^30
+            typename S::Floats across = S::floats(P == 1 ? dots[0] : S::shifted_plus(dots[0], dots[P > 1]));
+            if constexpr (P == 3) across = S::fma(across, S::splat(256.0f), S::floats(dots[2]));
             total = d == 0 ? across : S::fma(total, S::splat(Made::factor), across);
         }
         return total;
@@ -325,6 +329,8 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
     using Bytes = typename S::Bytes;
     using Floats = typename S::Floats;
     constexpr int VECTORS = BLOCK_ROWS / S::rows, COUNT = TILE_ROWS / S::rows, RUN = STEPS / PARTS;
+    // of one activation, weights are used once; of several, as many as registers hold meet one after the other
+    constexpr int TOGETHER = M != 1 && Made::count * STEPS < S::held ? S::held / (Made::count * STEPS) : 1;
     const int64_t chunks = w.chunks(), batch = M ? M : in.batch;
     const uint8_t* codes = w.codes + (tile * chunks + c) * tile_chunk_bytes(BITS);
     const int8_t* x = in.bytes + c * batch * P * CHUNK;
@@ -343,27 +349,34 @@ REQUANT_INLINE void tile_chunk(const Weights& w, const Activations& in, int64_t 
                 sums.offsets[m] = S::tile_fma(S::tile_mul(tile_scales[part], less), zeros, sums.offsets[m]);
             }
         }
-    Inputs<S, P> inputs[M ? M : MAX_BATCH];
-    for (int64_t m = 0; m < batch; ++m) inputs[m].load(x + m * P * CHUNK);
+    Inputs<S, P> inputs;
+    if constexpr (M == 1) inputs.load(x);
     REQUANT_UNROLL(8)
-    for (int n = 0; n < COUNT; ++n) {
-        const int v = n % VECTORS;
-        const uint8_t* block = codes + n / VECTORS * (32 * BITS);
-        for (int o = 64 * v; o < 32 * BITS; o += 64 * VECTORS) __builtin_prefetch(block + AHEAD + o);
-        const Block<S, BITS, S::rows> raw(block, v);
-        Bytes weight[Made::count][STEPS];
-        weight_step<S, Made, KIND, BITS, 0>(raw, tables[n], weight);
-        weight_step<S, Made, KIND, BITS, 1>(raw, tables[n], weight);
-        weight_step<S, Made, KIND, BITS, 2>(raw, tables[n], weight);
-        weight_step<S, Made, KIND, BITS, 3>(raw, tables[n], weight);
-
+    for (int first = 0; first < COUNT; first += TOGETHER) {
+        Bytes weight[TOGETHER][Made::count][STEPS];
+        REQUANT_UNROLL(4)
+        for (int n = first; n < first + TOGETHER; ++n) {
+            const int v = n % VECTORS;
+            const uint8_t* block = codes + n / VECTORS * (32 * BITS);
+            for (int o = 64 * v; o < 32 * BITS; o += 64 * VECTORS) __builtin_prefetch(block + AHEAD + o);
+            const Block<S, BITS, S::rows> raw(block, v);
+            weight_step<S, Made, KIND, BITS, 0>(raw, tables[n], weight[n - first]);
+            weight_step<S, Made, KIND, BITS, 1>(raw, tables[n], weight[n - first]);
+            weight_step<S, Made, KIND, BITS, 2>(raw, tables[n], weight[n - first]);
+            weight_step<S, Made, KIND, BITS, 3>(raw, tables[n], weight[n - first]);
+        }
         for (int64_t m = 0; m < batch; ++m) {
-            Floats& sum = sums.products[n * batch + m];
-            REQUANT_UNROLL(2)
-            for (int part = 0; part < PARTS; ++part) {
-                Floats scale = S::splat(scales[m]);
-                if constexpr (KIND == UNIFORM) scale = S::mul(S::spread(tile_scales[part], n), scale);
-                sum = S::fma(products<S, Made, P>(weight, inputs[m], part * RUN, (part + 1) * RUN), scale, sum);
+            if constexpr (M != 1) inputs.load(x + m * P * CHUNK);
+            const Floats x_scale = S::splat(scales[m]);
+            REQUANT_UNROLL(4)
+            for (int n = first; n < first + TOGETHER; ++n) {
+                Floats& sum = sums.products[n * batch + m];
+                REQUANT_UNROLL(2)
+                for (int part = 0; part < PARTS; ++part) {
+                    Floats product = products<S, Made, P>(weight[n - first], inputs, part * RUN, (part + 1) * RUN);
+                    if constexpr (KIND == UNIFORM) product = S::mul(product, S::spread(tile_scales[part], n));
+                    sum = S::fma(product, x_scale, sum);
+                }
             }
         }
     }
