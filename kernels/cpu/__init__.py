@@ -42,7 +42,7 @@ FUSED_BATCHES = {
     "scalar": (SMALL_BATCH, SMALL_BATCH, SMALL_BATCH, SMALL_BATCH),
     "avx2": (128, 128, SMALL_BATCH, SMALL_BATCH),
     "avx512": (_ANY, _ANY, _ANY, SMALL_BATCH),
-    "bfloat16": (32, 32, SMALL_BATCH, SMALL_BATCH),
+    "bfloat16": (48, 48, SMALL_BATCH, SMALL_BATCH),
 }
 """Largest batches that are multiplied from codes, of uniform, lut and trellis weights and of any with float32 inputs;
 for larger ones torch's product of dequantized panels is faster. By instruction set where torch computes that in

@@ -142,7 +142,7 @@ struct Avx2 {
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(x)));
     }
-    static constexpr int chains = 1;
+    static constexpr int chains = 1, word_sums = 4;
     static REQUANT_INLINE Lanes plus(Lanes a, Lanes b) { return _mm256_add_epi32(a, b); }
     static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
         const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(less)));

@@ -127,7 +127,7 @@ struct Avx512 {
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(x));
     }
-    static constexpr int chains = 4;
+    static constexpr int chains = 4, word_sums = 16;
     static REQUANT_INLINE Lanes plus(Lanes a, Lanes b) { return _mm512_add_epi32(a, b); }
     static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
         const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(less)));

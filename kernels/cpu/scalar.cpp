@@ -103,7 +103,7 @@ struct Scalar {
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return sum + ((pairs & 0xffffu) + (pairs >> 16)) * uint32_t(int16_t(x));
     }
-    static constexpr int chains = 1;
+    static constexpr int chains = 1, word_sums = 4;
     static REQUANT_INLINE Lanes plus(Lanes a, Lanes b) { return a + b; }
     static REQUANT_INLINE void add_scaled(float* to, Lanes sum, int32_t less, float factor) {
         for (int i = 0; i < lanes; ++i) to[i] += float(int32_t(sum[i] - uint32_t(less))) * factor;

@@ -14,6 +14,7 @@
 //   byte_pairs(words)   two sums of two bytes a lane
 //   dot(sum, pairs, x)  sum + both of them times x, which comes twice, as two 16-bit integers
 //   chains, plus        sums that should grow side by side, since the next addition to one waits; of two of them
+//   word_sums           words of activations whose sums stay in registers, a power of 2
 //   add_scaled(to, sum, less, factor)  to[i] += (sum[i] - less) * factor
 #pragma once
 
@@ -105,8 +106,6 @@ void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t bloc
         }
 }
 
-constexpr int SUMS = 4;  // words of activations whose sums stay in registers
-
 // 16 rows of a block of columns times M activations: to[m * stride] += scale * x_scales[m] * sums. Strings of COLUMNS
 // columns each; `codes` is where the rows begin in the first one.
 template <class S, int K, int W, int M, int COLUMNS>
@@ -128,7 +127,7 @@ REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int
             REQUANT_UNROLL(4)
             for (int v = 0; v < VECTORS; ++v) {
                 const typename S::Lanes pairs = decoded<S, K>(p, v, mask);
-                REQUANT_UNROLL(4)
+                REQUANT_UNROLL(16)
                 for (int m = 0; m < M; ++m)
                     REQUANT_UNROLL(2)
                     for (int w = 0; w < W; ++w)
@@ -147,11 +146,25 @@ REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int
         }
 }
 
+// The same for the activations from m on, M at a time while there are as many, then half of it.
+template <class S, int K, int W, int M, int COLUMNS>
+REQUANT_INLINE void trellis_groups(const uint8_t* codes, uint32_t mask, const TrellisActivations& in, int64_t g,
+                                   int64_t m, int64_t block, float scale, float* to, int64_t stride) {
+    for (; m + M <= in.batch; m += M) {
+        const int64_t at = g * in.batch + m;
+        trellis_group<S, K, W, M, COLUMNS>(codes, mask, in.words + at * W * block, block, in.sums + at * W,
+                                           in.scales + at, scale, to + m * stride, stride);
+    }
+    if constexpr (M > 1)
+        trellis_groups<S, K, W, M / 2, COLUMNS>(codes, mask, in, g, m, block, scale, to, stride);
+}
+
 // sums [batch, rows of a unit], rotated back, of the row blocks begin ... end - 1, which have TILE / COLUMNS rows.
 template <class S, int K, int W, int COLUMNS>
 void trellis_blocks(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, float* sums,
                     int64_t stride) {
-    constexpr int64_t SIZE = TILE / COLUMNS, TOGETHER = SUMS / W;
+    constexpr int64_t SIZE = TILE / COLUMNS;
+    constexpr int MOST = S::word_sums / W;
     const uint32_t mask = (1u << w.state_bits) - 1;
     const int64_t block = w.block_in, groups = w.columns / block, group_bytes = block / COLUMNS * trellis_stride(K);
     for (int64_t row_block = begin; row_block < end; ++row_block) {
@@ -162,19 +175,7 @@ void trellis_blocks(const Trellis& w, const TrellisActivations& in, int64_t begi
             const uint8_t* codes = w.codes + (row_block * groups + g) * group_bytes;
             for (int64_t row = 0; row < SIZE; row += WIDTH) {
                 const uint8_t* here = codes + row * K / 8;
-                int64_t m = 0;
-                for (; m + TOGETHER <= in.batch; m += TOGETHER) {
-                    const int64_t at = g * in.batch + m;
-                    trellis_group<S, K, W, TOGETHER, COLUMNS>(here, mask, in.words + at * W * block, block,
-                                                              in.sums + at * W, in.scales + at, scale,
-                                                              to + m * stride + row, stride);
-                }
-                for (; m < in.batch; ++m) {
-                    const int64_t at = g * in.batch + m;
-                    trellis_group<S, K, W, 1, COLUMNS>(here, mask, in.words + at * W * block, block,
-                                                       in.sums + at * W, in.scales + at, scale,
-                                                       to + m * stride + row, stride);
-                }
+                trellis_groups<S, K, W, MOST, COLUMNS>(here, mask, in, g, 0, block, scale, to + row, stride);
             }
         }
         for (int64_t m = 0; m < in.batch; ++m)
