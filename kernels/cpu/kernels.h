@@ -35,8 +35,8 @@ constexpr int TABLE_SHIFT = 7;       // bits of a byte of a table entry
 constexpr int ENTRIES = 16;          // bytes of a row in a plane of tables
 constexpr int64_t MAX_BATCH = 16;    // activations that are multiplied together
 
-// Windows whose residual is computed at a time.
-constexpr int64_t stretch_of(int64_t batch) { return batch < 32 ? 64 / batch : 2; }
+// Windows whose residual is computed at a time, of a batch of at most MAX_BATCH.
+constexpr int64_t stretch_of(int64_t batch) { return 64 / batch; }
 // Floats of scratch for dense sums of up to `rows` rows and the residual of a stretch.
 constexpr int64_t scratch_of(int64_t batch, int64_t rows) { return batch * (rows + stretch_of(batch) * WINDOW); }
 

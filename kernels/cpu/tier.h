@@ -448,7 +448,8 @@ class Residual {
         if (!sparse_.windows || window < until_) return;
         begin_ = window;
         until_ = window + stretch_ < end_ ? window + stretch_ : end_;
-        __builtin_memset(sums_, 0, size_t(batch_ * stride_) * sizeof(float));
+        for (int64_t m = 0; m < batch_; ++m)
+            __builtin_memset(sums_ + m * stride_, 0, size_t((until_ - begin_) * WINDOW) * sizeof(float));
         sparse_windows<S>(sparse_, begin_, until_, x_, batch_, columns_, soon, sums_, stride_);
     }
 
