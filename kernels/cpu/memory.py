@@ -35,7 +35,7 @@ def empty(nbytes: int) -> Tensor:
         memory, begin = _huge_pages(nbytes)
         return torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=nbytes)
     with _lock:
-        last, begin = _block and _block(), _used
+        last, begin = _block() if _block else None, _used
         if last is None or begin + nbytes > len(last):
             last, begin = _huge_pages(BLOCK)
             _block = weakref.ref(last)
