@@ -15,6 +15,7 @@ from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, parse_config
 from ..format.reader import check_headers
 from .embedding import RequantEmbeddingMethod, TieableHeadMethod
 from .linear import RequantLinearMethod
+from .load_report import Loading, open_folder
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -45,6 +46,7 @@ class RequantConfig(QuantizationConfig):
         self.layers: dict[str, LayerSpec] = dict(checkpoint.layers)
         self.dummy = False
         self.activation_bits = 16
+        self.loading = Loading()
         self._claimed: set[str] = set()
         self._pipeline_parallel = False
 
@@ -81,6 +83,7 @@ class RequantConfig(QuantizationConfig):
         Raises:
             ReQuantFormatError: a file or tensor is missing or has another type or shape.
         """
+        open_folder()
         folder = Path(model_name)
         # a folder with config.json alone serves --load-format dummy
         if folder.is_dir() and any(folder.glob("*.safetensors*")):

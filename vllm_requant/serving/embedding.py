@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
@@ -38,6 +39,7 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
     def __init__(self, config: "RequantConfig", name: str, spec: LayerSpec) -> None:
         self.config, self.name, self.spec = config, name, spec
         self.segments: tuple[Segment, ...] = ()
+        self.serves_head = False
         self._stash: WeightStash | None = None
 
     def create_weights(
@@ -69,6 +71,8 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
         module = StoredModule(self.name, self.spec, frozenset({None}), [rows] if rows[0] < rows[1] else [])
         self._stash = WeightStash([module], dummy=self.config.dummy)
         self._stash.attach(layer)
+        self.serves_head |= isinstance(layer, ParallelLMHead)
+        self.config.loading.expect()
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         """Turn what was loaded into run-time weights, padded with zero rows to the size that vLLM expects.
@@ -86,7 +90,15 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
         if padding:
             with torch.device("cpu"):
                 parts.append(zero_layer(self.spec, padding))
-        self.segments = install_segments(layer, parts, device, activation_bits=self.config.activation_bits)
+        self.segments = install_segments(
+            layer,
+            parts,
+            device,
+            activation_bits=self.config.activation_bits,
+            loading=self.config.loading,
+            every_step=self.serves_head,
+        )
+        self.config.loading.done()
 
     def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Rows of the token ids: int64 ``[...]`` to ``[..., hidden]`` in the layer's ``params_dtype``."""
@@ -127,6 +139,7 @@ class TieableHeadMethod(UnquantizedEmbeddingMethod):
         """Share the weights of ``embed_tokens``, quantized or not; returns the head."""
         if not isinstance(embed_tokens.quant_method, RequantEmbeddingMethod):
             return super().tie_weights(layer, embed_tokens)
+        embed_tokens.quant_method.serves_head = True
         del layer.weight
         layer.quant_method = TiedHeadMethod(embed_tokens)
         return layer

@@ -161,6 +161,7 @@ class RequantLinearMethod(LinearMethodBase):
             _require_row_borders(module)
         self._stash = WeightStash(modules, dummy=self.config.dummy)
         self._stash.attach(layer)
+        self.config.loading.expect()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Turn what was loaded into run-time weights.
@@ -174,7 +175,15 @@ class RequantLinearMethod(LinearMethodBase):
         self.config.require_all_claimed()
         parts, device = self._stash.finish(layer)
         self._stash = None
-        self.segments = install_segments(layer, parts, device, activation_bits=self.config.activation_bits)
+        self.segments = install_segments(
+            layer,
+            parts,
+            device,
+            activation_bits=self.config.activation_bits,
+            loading=self.config.loading,
+            every_step=True,
+        )
+        self.config.loading.done()
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` of this rank, in ``x.dtype``."""

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from .. import kernels
 from ..format import QuantizedLayer
 from ..format.rows import can_stack, concat_rows
+from .load_report import Loading
 
 __all__ = ["Segment", "install_segments", "segment_weights", "segments_linear"]
 
@@ -42,7 +43,13 @@ class Segment(NamedTuple):
 
 
 def install_segments(
-    layer: torch.nn.Module, parts: Sequence[QuantizedLayer], device: torch.device, *, activation_bits: int
+    layer: torch.nn.Module,
+    parts: Sequence[QuantizedLayer],
+    device: torch.device,
+    *,
+    activation_bits: int,
+    loading: Loading,
+    every_step: bool,
 ) -> tuple[Segment, ...]:
     """Stack, repack and register ``parts`` as parameters ``segment<i>_<name>`` of ``layer``.
 
@@ -50,6 +57,8 @@ def install_segments(
         parts: this rank's canonical layers on the CPU, in the order of the output features.
         device: where the layer computes.
         activation_bits: 16 or 8, see :func:`vllm_requant.kernels.linear`.
+        loading: is told of them.
+        every_step: whether every decoding step reads them.
     """
     runs: list[list[QuantizedLayer]] = []
     for part in parts:
@@ -62,19 +71,26 @@ def install_segments(
         with torch.device("cpu"):
             stacked = concat_rows(run)
         spec = stacked.spec
-        weights = kernels.repack(
-            spec.kind,
-            stacked.tensors,
-            **spec.kernel_settings,
-            in_features=spec.in_features,
-            device=device,
-        )
+        with loading.repacking():
+            weights = kernels.repack(
+                spec.kind,
+                stacked.tensors,
+                **spec.kernel_settings,
+                in_features=spec.in_features,
+                device=device,
+            )
         names = tuple((name, f"segment{index}_{name}") for name in weights)
         for name, attribute in names:
             layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
         features = (spec.in_features, spec.out_features)
         segments.append(Segment(spec.kind, spec.kernel_settings, *features, activation_bits, names))
-        _log_kernel(spec.kind, torch.device(device).type)
+        loading.holds(
+            spec.kind,
+            sum(tensor.nbytes for tensor in weights.values()),
+            device=torch.device(device).type,
+            kernel=_kernel(spec.kind, torch.device(device).type),
+            every_step=every_step,
+        )
     if torch.device(device).type == "cpu":
         _request_amx()
     return tuple(segments)
@@ -111,9 +127,11 @@ def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tens
 
 
 @cache
-def _log_kernel(kind: str, device_type: str) -> None:
-    """Say once per process which kernel serves a kind."""
-    logger.info("ReQuant %s layers run through %s", kind, kernels.kernel_path(kind, torch.device(device_type)))
+def _kernel(kind: str, device_type: str) -> str:
+    """Which kernel serves a kind; said once per process."""
+    path = kernels.kernel_path(kind, torch.device(device_type))
+    logger.info("ReQuant %s layers run through %s", kind, path)
+    return path
 
 
 @cache
