@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .format import ReQuantFormatError
-from .format.reader import Checkpoint
+from ..format import ReQuantFormatError
+from ..format.reader import Checkpoint
 
 __all__ = ["load_dequantized", "load_tokenizer"]
 

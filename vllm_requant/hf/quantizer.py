@@ -1,0 +1,100 @@
+"""``requant`` as a quantization method of transformers; importing this module registers it.
+
+Models compute with the kernels that the server uses, so that logits agree. They are for inference: their run-time
+weights neither train nor move between devices, and are not what a checkpoint stores, so that they cannot be saved.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, ReQuantFormatError, parse_config
+from .modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule, TiedHead
+
+__all__ = ["RequantTransformersConfig", "RequantTransformersQuantizer"]
+
+
+class RequantTransformersConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry; keyword arguments are its keys.
+
+    Raises:
+        ReQuantFormatError: it breaks the schema.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        self.checkpoint: CheckpointConfig = parse_config(config)
+        self.quant_method = QUANT_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.checkpoint.model_dump(mode="json")
+
+
+class RequantTransformersQuantizer(HfQuantizer):
+    """Puts quantized modules in place of those that the configuration names."""
+
+    requires_calibration = True  # of our own converter
+    quantization_config: RequantTransformersConfig
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> None:
+        layers = self.quantization_config.checkpoint.layers
+        tied = {
+            target.removesuffix(".weight"): source.removesuffix(".weight")
+            for target, source in getattr(model, "all_tied_weights_keys", {}).items()
+        }
+        for name, spec in layers.items():
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise ReQuantFormatError("the model has no such module", tensor=name) from None
+            if name in tied:
+                raise ReQuantFormatError("quantized on its own, but config.json ties it to the embedding", tensor=name)
+            model.set_submodule(name, _quantized(name, spec, module, dtype or torch.get_default_dtype()))
+        for target, source in tied.items():
+            if source in layers:
+                embedding = model.get_submodule(source)
+                if not isinstance(embedding, QuantizedEmbedding):
+                    raise ReQuantFormatError(f"{target} is tied to it, and it is no embedding", tensor=source)
+                model.set_submodule(target, TiedHead(embedding))
+                del model.all_tied_weights_keys[f"{target}.weight"]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, QuantizedModule):
+                module.repack()
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        return False
+
+
+def _quantized(name: str, spec: LayerSpec, module: nn.Module, dtype: torch.dtype) -> QuantizedModule:
+    """What takes the place of a module, on the meta device.
+
+    Raises:
+        ReQuantFormatError: the layer is not the module's, or the module is of a kind that cannot be quantized.
+    """
+    stored = [spec.out_features, spec.in_features]
+    weight = getattr(module, "weight", None)
+    if weight is None or list(weight.shape) != stored:
+        have = "has no weight" if weight is None else f"is {list(weight.shape)}"
+        raise ReQuantFormatError(f"{stored} in the checkpoint, the model's {have}", tensor=name)
+    with torch.device("meta"):
+        if isinstance(module, nn.Linear):
+            return QuantizedLinear(name, spec, module.bias)
+        scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
+        if isinstance(module, nn.Embedding) and (type(module) is nn.Embedding or scale is not None):
+            return QuantizedEmbedding(name, spec, dtype, None if scale is None else float(scale))
+    raise ReQuantFormatError(f"a {type(module).__name__} of transformers cannot be quantized", tensor=name)
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(RequantTransformersConfig)
+    register_quantizer(QUANT_METHOD)(RequantTransformersQuantizer)
