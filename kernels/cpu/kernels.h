@@ -164,7 +164,7 @@ struct Tier {
                      float* scales, float* sums);
     // how `linear` takes the activations of such a weight
     Order (*order)(int kind, int bits, int planes);
-    // y[m, n] for the rows n of the windows begin ... end - 1 and all m; sums: scratch
+    // y[m, n] for the rows n of the windows begin ... end - 1 and all m; out: scratch_of(batch, WINDOW) floats
     void (*linear)(const Weights&, const Activations&, int64_t begin, int64_t end, int dtype, void* y, float* out);
     // out[i - first] = row ids[i] (or row i, without ids) for i in [begin, end); line: columns floats of scratch
     void (*dequantize)(const Weights&, const int64_t* ids, int64_t first, int64_t begin, int64_t end, int dtype,

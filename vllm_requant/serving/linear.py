@@ -175,15 +175,7 @@ class RequantLinearMethod(LinearMethodBase):
         self.config.require_all_claimed()
         parts, device = self._stash.finish(layer)
         self._stash = None
-        self.segments = install_segments(
-            layer,
-            parts,
-            device,
-            activation_bits=self.config.activation_bits,
-            loading=self.config.loading,
-            every_step=True,
-        )
-        self.config.loading.done()
+        self.segments = install_segments(layer, parts, device, self.config, every_step=True)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` of this rank, in ``x.dtype``."""

@@ -6,7 +6,7 @@ A fused layer is one *segment*, one kernel call, while its parts share a format;
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from vllm.logger import init_logger
 from .. import kernels
 from ..format import QuantizedLayer
 from ..format.rows import can_stack, concat_rows
-from .load_report import Loading
+
+if TYPE_CHECKING:
+    from .config import RequantConfig
 
 __all__ = ["Segment", "install_segments", "segment_weights", "segments_linear"]
 
@@ -46,9 +48,8 @@ def install_segments(
     layer: torch.nn.Module,
     parts: Sequence[QuantizedLayer],
     device: torch.device,
+    config: "RequantConfig",
     *,
-    activation_bits: int,
-    loading: Loading,
     every_step: bool,
 ) -> tuple[Segment, ...]:
     """Stack, repack and register ``parts`` as parameters ``segment<i>_<name>`` of ``layer``.
@@ -56,8 +57,7 @@ def install_segments(
     Args:
         parts: this rank's canonical layers on the CPU, in the order of the output features.
         device: where the layer computes.
-        activation_bits: 16 or 8, see :func:`vllm_requant.kernels.linear`.
-        loading: is told of them.
+        config: says with how many bits activations are multiplied; its load report is told that the layer is ready.
         every_step: whether every decoding step reads them.
     """
     runs: list[list[QuantizedLayer]] = []
@@ -71,7 +71,7 @@ def install_segments(
         with torch.device("cpu"):
             stacked = concat_rows(run)
         spec = stacked.spec
-        with loading.repacking():
+        with config.loading.repacking():
             weights = kernels.repack(
                 spec.kind,
                 stacked.tensors,
@@ -83,8 +83,8 @@ def install_segments(
         for name, attribute in names:
             layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
         features = (spec.in_features, spec.out_features)
-        segments.append(Segment(spec.kind, spec.kernel_settings, *features, activation_bits, names))
-        loading.holds(
+        segments.append(Segment(spec.kind, spec.kernel_settings, *features, config.activation_bits, names))
+        config.loading.holds(
             spec.kind,
             sum(tensor.nbytes for tensor in weights.values()),
             device=torch.device(device).type,
@@ -93,6 +93,7 @@ def install_segments(
         )
     if torch.device(device).type == "cpu":
         _request_amx()
+    config.loading.done()
     return tuple(segments)
 
 
