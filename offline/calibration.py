@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .progress import track
+from .stages import Stages
 
 __all__ = ["Calibration", "CalibrationError", "check_dataset", "load_calibration", "read_text"]
 
@@ -87,8 +88,15 @@ def load_calibration(
     Raises:
         CalibrationError: the text is missing or shorter than ``num_samples · seq_len`` tokens.
     """
-    if dataset == SELF:
-        return Calibration(_sample_from_model(model, tokenizer, num_samples, seq_len, seed), dataset)
+    with Stages().stage("calibration_text"):
+        if dataset == SELF:
+            tokens = _sample_from_model(model, tokenizer, num_samples, seq_len, seed)
+        else:
+            tokens = _windows(dataset, tokenizer, num_samples, seq_len, seed)
+    return Calibration(tokens, dataset)
+
+
+def _windows(dataset: str, tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Tensor:
     text = read_text(dataset)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     if ids.numel() < num_samples * seq_len:
@@ -101,7 +109,7 @@ def load_calibration(
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randint(0, stretch - seq_len + 1, (num_samples,), generator=generator)
     starts = torch.arange(num_samples) * stretch + offsets
-    return Calibration(torch.stack([ids[start : start + seq_len] for start in starts.tolist()]), dataset)
+    return torch.stack([ids[start : start + seq_len] for start in starts.tolist()])
 
 
 def read_text(dataset: str, split: str = "train") -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cache import TensorCache
 from .metrics import METRICS, Sensitivity
+from .observer import current_observer
 from .pqi import GradientMoments, Objective, PathIntegral
 from .recipe import Recipe
 
@@ -81,6 +82,7 @@ class Measurements:
                 "predicted_by_layer": share,
             }
         )
+        current_observer().integrated(self.integrals[-1])
         return integral
 
     def sensitivity(self, name: str, restored: Mapping[str, Tensor], path: PathIntegral | None) -> Sensitivity:

@@ -165,7 +165,7 @@ class Objective:
             return 0.0
         losses = []
         with torch.no_grad(), moving_layers(self.layers, weights or self.start) as states:
-            for row in track(self.tokens, label, total=len(self.tokens)):
+            for row in track(self.tokens, label, total=len(self.tokens), tokens_per_item=self.tokens.shape[1]):
                 teacher = self._labels(row, states)
                 for state in states.values():
                     state.t = 1.0
@@ -231,8 +231,9 @@ class Objective:
         observers: Mapping[str, Observer],
         label: str,
     ) -> GradientMoments:
-        count = len(self.tokens)
-        ticks = iter(track(range(count * len(path)), label, total=count * len(path)))
+        count, seq_len = self.tokens.shape
+        passes = count * len(path)
+        ticks = iter(track(range(passes), label, total=passes, tokens_per_item=seq_len))
         with moving_layers(self.layers, end) as states, self._training():
             gradient = {
                 name: torch.zeros(s.start.shape, dtype=torch.float32, device=self.accumulators)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 
+from .observer import current_observer
+
 __all__ = ["Stages"]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_ON_CUDA = " (cuda)"
 
 
 class Stages:
-    """A clock for named stages; one that runs inside another counts for both.
+    """A clock for named stages, which the observer of the run hears of too; one inside another counts for both.
 
     Attributes:
         seconds: by stage, summed over its runs.
@@ -29,15 +32,22 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure what a block takes."""
+        observer = current_observer()
         self._settle()
         self._running.append(name)
+        observer.stage_began(name)
         started = time.monotonic()
         try:
             yield
         finally:
             self._settle()
             self._running.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            seconds = time.monotonic() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            peaks = {"host": self.peak_bytes[name]}
+            if (on_cuda := name + _ON_CUDA) in self.peak_bytes:
+                peaks["cuda"] = self.peak_bytes[on_cuda]
+            observer.stage_ended(name, seconds, peaks)
 
     def report(self) -> dict[str, dict[str, float]]:
         """Seconds and MiB by stage."""
@@ -50,7 +60,7 @@ class Stages:
         """Book the peak since the last call on all that runs, and start a new one."""
         peaks = {"": _resident_peak()}
         if torch.cuda.is_initialized():
-            peaks[" (cuda)"] = torch.cuda.max_memory_allocated()
+            peaks[_ON_CUDA] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         for name in self._running:
             for suffix, peak in peaks.items():

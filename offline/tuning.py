@@ -216,7 +216,7 @@ def tune(
     with moving_layers(layers, end) as states:
         for name, state in states.items():
             state.observer = learner(name)
-        for step in track(range(steps), "tuning", total=steps):
+        for step in track(range(steps), "tuning", total=steps, tokens_per_item=objective.tokens.shape[1]):
             row = objective.tokens[step % len(objective.tokens)]
             teacher = objective.teacher(row, states)
             for state in states.values():
