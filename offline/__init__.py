@@ -7,5 +7,7 @@
 ``outliers``     algorithm 1, the self-adaptive outlier ratio
 ``significant``  algorithm 2, the step-wise detach of significant weights
 ``pipeline``     the six steps
+``observer``     what a conversion says about itself while it runs
+``run_metrics``  the same as a file for Prometheus
 ``evaluate``     perplexity, KL divergence, top-1 agreement
 """

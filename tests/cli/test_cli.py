@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,64 @@ def test_existing_output_is_kept(source: Path, tmp_path: Path) -> None:
 def test_missing_calibration_file(source: Path, tmp_path: Path) -> None:
     done = requant("convert", source, "-o", tmp_path / "out", "--calibration-dataset", "gone.txt", status=1)
     assert "gone.txt: no such file" in one_line(done)
+
+
+def metric(file: Path, name: str) -> str:
+    (line,) = (line for line in file.read_text().splitlines() if line.startswith(f"requant_convert_{name}{{"))
+    return line
+
+
+def test_a_metrics_file_follows_the_run(source: Path, tmp_path: Path) -> None:
+    """Also one that is refused, since what the run before has left would say that all is well."""
+    file = tmp_path / "run.prom"
+    arguments = ("convert", source, "-o", tmp_path / "out", "--bits", "3", *FAST, "--metrics-file", file)
+    requant(*arguments, "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    result = json.loads(requant(*arguments, "--json").stdout)
+    assert metric(file, "success").endswith(" 1.0")
+    assert float(metric(file, "bits_per_weight").split()[-1]) == result["bits_per_weight"]
+    assert f'model="{source}"' in metric(file, "info")
+    for stage in ("load", "calibration_text", "tuning", "save"):
+        assert f'stage="{stage}"' in file.read_text()
+    assert "--overwrite" in one_line(requant(*arguments, status=1))
+    assert metric(file, "success").endswith(" 0.0")
+    assert 'error="FileExistsError"' in metric(file, "failure_info")
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "says"),
+    [
+        ("run.txt", 2, "must end with .prom"),
+        ("none/run.prom", 1, "there is no folder"),
+        ("/proc/run.prom", 1, "/proc cannot be written to"),  # not even by root
+    ],
+)
+def test_metrics_files_that_cannot_be_are_refused_at_once(
+    source: Path, tmp_path: Path, file: str, status: int, says: str
+) -> None:
+    done = requant("convert", source, "-o", tmp_path / "out", "--metrics-file", tmp_path / file, status=status)
+    assert says in one_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_says_so_in_its_metrics_file(source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.prom"
+    command = [sys.executable, "-m", "vllm_requant.cli", "convert", source, "-o", tmp_path / "out"]
+    command += ["--metrics-file", file, "--num-samples", "64", "--seq-len", "2048"]  # minutes
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        deadline = time.monotonic() + 120
+        while not (file.exists() and "requant_convert_stage_running{" in file.read_text()):
+            assert time.monotonic() < deadline
+            assert running.poll() is None
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=120)
+    assert running.returncode != 0
+    assert "Traceback" not in errors
+    assert metric(file, "completed").endswith(" 1.0")
+    assert metric(file, "success").endswith(" 0.0")
+    assert 'error="KeyboardInterrupt"' in metric(file, "failure_info")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["inspect", "eval", "serve"])

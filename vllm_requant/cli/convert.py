@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,6 +92,10 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of calibration and controls.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what later conversions can use.")] = None,
+    metrics_file: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH.prom", help="Keep the run's state there, for node_exporter's textfile collector."),
+    ] = None,
     device: Device = "auto",
     low_memory: LowMemory = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out, and stop.")] = False,
@@ -135,26 +140,37 @@ def command(
         if dtype not in DTYPES:
             raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
         # everything that can be refused is refused before a weight is read
-        check_output(output, overwrite=overwrite)
-        if recipe.needs_calibration:
-            check_dataset(calibration_dataset)
-        planned = _describe_plan(plan(skeleton(model, revision=revision), recipe))
-        if dry_run:
-            _show(planned | {"dry_run": True, "model": model, "has_target": recipe.has_target}, as_json)
-            return
-        result = _convert(
-            model,
-            output,
-            recipe,
-            dataset=calibration_dataset,
-            dtype=dtype,
-            revision=revision,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            cache=cache,
-            device=place,
-            low_memory=low_memory,
-        )
+        metrics: AbstractContextManager[None] = nullcontext()
+        if metrics_file is not None:
+            from ..offline.run_metrics import RunMetrics, check_metrics_file, recording
+
+            check_metrics_file(metrics_file)
+            if not dry_run:
+                # from here on, so that a run that is refused does not leave the success of the one before
+                metrics = recording(
+                    RunMetrics(metrics_file, model=model, output=output, recipe=recipe, device=str(place))
+                )
+        with metrics:
+            check_output(output, overwrite=overwrite)
+            if recipe.needs_calibration:
+                check_dataset(calibration_dataset)
+            planned = _describe_plan(plan(skeleton(model, revision=revision), recipe))
+            if dry_run:
+                _show(planned | {"dry_run": True, "model": model, "has_target": recipe.has_target}, as_json)
+                return
+            result = _convert(
+                model,
+                output,
+                recipe,
+                dataset=calibration_dataset,
+                dtype=dtype,
+                revision=revision,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                cache=cache,
+                device=place,
+                low_memory=low_memory,
+            )
         _show(result, as_json)
 
 
@@ -174,10 +190,12 @@ def _convert(
 ) -> dict[str, Any]:
     from ..offline.models import load_causal_lm
     from ..offline.save import convert_and_save
+    from ..offline.stages import Stages
 
     started = time.monotonic()
     log.info("loading %s, on %s", model, device)
-    lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
+    with Stages().stage("load"):
+        lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
     config, conversion = convert_and_save(
         lm,
         output,
