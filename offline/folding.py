@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_requant.format.experts import MIXTURES
+
 from .models import ModelError, decoder_blocks
 
 __all__ = ["PAIRS", "Fold", "Pair", "apply_fold", "find_folds"]
@@ -18,11 +20,12 @@ __all__ = ["PAIRS", "Fold", "Pair", "apply_fold", "find_folds"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Who makes a channel and who reads it, as names inside a decoder block.
+    """Who makes a channel and who reads it, as names inside a decoder block, in which ``*`` stands for every expert.
 
     Attributes:
         producer: a norm or a linear layer.
-        consumers: linear layers that all read exactly the producer's channels.
+        consumers: linear layers that all read exactly the producer's channels; those of an expert, of the same one.
+        routers: modules that read them too and are not quantized.
         rows: which output rows of a linear producer are meant: "all", "value" (the last third of a fused q/k/v) or
             "up" (the second half of a fused gate/up). "value" rows are shared by the query heads of their group.
     """
@@ -30,12 +33,23 @@ class Pair:
     producer: str
     consumers: tuple[str, ...]
     rows: str = "all"
+    routers: tuple[str, ...] = ()
+
+    def places(self, experts: int) -> Iterator[tuple[str, list[str]]]:
+        """Names of producers and of their consumers in a block with so many experts."""
+        for number in range(experts) if "*" in self.producer else [None]:
+            # a producer outside the experts feeds all of them
+            readers = range(experts) if number is None else [number]
+            names = [name.replace("*", str(i)) for name in self.consumers for i in (readers if "*" in name else [0])]
+            yield self.producer.replace("*", str(number)), names
 
 
 _ATTENTION = Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 _VALUE = Pair("self_attn.v_proj", ("self_attn.o_proj",), "value")
 _UP = Pair("mlp.up_proj", ("mlp.down_proj",))
 _LLAMA = (_ATTENTION, _VALUE, Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")), _UP)
+_GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+_EXPERT_UP = Pair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",))
 _GEMMA = (_ATTENTION, _VALUE, Pair("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")), _UP)
 
 PAIRS: dict[str, tuple[Pair, ...]] = {
@@ -52,8 +66,26 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
         Pair("post_attention_layernorm", ("mlp.gate_up_proj",)),
         Pair("mlp.gate_up_proj", ("mlp.down_proj",), "up"),
     ),
+    "mixtral": (
+        _ATTENTION,
+        _VALUE,
+        Pair("post_attention_layernorm", ("mlp.experts.*.w1", "mlp.experts.*.w3"), routers=("mlp.gate",)),
+        Pair("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
+    ),
+    "qwen2_moe": (
+        _ATTENTION,
+        _VALUE,
+        Pair(
+            "post_attention_layernorm",
+            (*_GATE_UP, "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+            routers=("mlp.gate", "mlp.shared_expert_gate"),
+        ),
+        _EXPERT_UP,
+        Pair("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
+    ),
+    "qwen3_moe": (_ATTENTION, _VALUE, Pair("post_attention_layernorm", _GATE_UP, routers=("mlp.gate",)), _EXPERT_UP),
 }
-"""By ``model_type``."""
+"""By ``model_type``; blocks of a mixture of experts that have none are Llama's."""
 
 _NORM_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3_text": 1.0}  # these norms multiply by 1 + weight
 
@@ -69,6 +101,7 @@ class Fold:
             grouped-query attention several query heads read one value head.
         rows: first output row of the producer that holds channel 0, for a linear producer.
         offset: what the producer adds to its weight, for a norm.
+        routers: modules with a weight ``[…, in_features]`` that read the channels and are not quantized.
     """
 
     producer: Any
@@ -76,6 +109,7 @@ class Fold:
     channel: Tensor
     rows: int = 0
     offset: float = 0.0
+    routers: tuple[Any, ...] = ()
     channels: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,19 +140,21 @@ def find_folds(model: Any) -> Iterator[Fold]:
         )
     prefix, blocks = decoder_blocks(model)
     for number, block in enumerate(blocks):
-        for pair in PAIRS[config.model_type]:
-            producer: Any = block.get_submodule(pair.producer)
-            consumers: dict[str, Any] = {
-                f"{prefix}.{number}.{name}": block.get_submodule(name) for name in pair.consumers
-            }
-            columns = next(iter(consumers.values())).in_features
-            channel, first = torch.arange(columns), 0
-            if pair.rows == "value":
-                channel, first = _value_channels(config, columns, producer.out_features)
-            elif pair.rows == "up":
-                first = producer.out_features - columns
-            offset = 0.0 if isinstance(producer, nn.Linear) else _NORM_OFFSET.get(config.model_type, 0.0)
-            yield Fold(producer, consumers, channel, first, offset)
+        experts = len(getattr(block.mlp, "experts", ()))
+        pairs = PAIRS[config.model_type] if experts or config.model_type not in MIXTURES else _LLAMA
+        for pair in pairs:
+            routers = tuple(block.get_submodule(name) for name in pair.routers)
+            for producer_name, names in pair.places(experts):
+                producer: Any = block.get_submodule(producer_name)
+                consumers: dict[str, Any] = {f"{prefix}.{number}.{name}": block.get_submodule(name) for name in names}
+                columns = next(iter(consumers.values())).in_features
+                channel, first = torch.arange(columns), 0
+                if pair.rows == "value":
+                    channel, first = _value_channels(config, columns, producer.out_features)
+                elif pair.rows == "up":
+                    first = producer.out_features - columns
+                offset = 0.0 if isinstance(producer, nn.Linear) else _NORM_OFFSET.get(config.model_type, 0.0)
+                yield Fold(producer, consumers, channel, first, offset, routers)
 
 
 def _value_channels(config: Any, columns: int, producer_rows: int) -> tuple[Tensor, int]:
@@ -140,7 +176,7 @@ def apply_fold(fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns:
         The scale that was applied: a norm's weight is rounded to ``dtype``, and the consumers follow it, so that the
-        model computes what it did.
+        model computes what it did, up to the rounding of routers to ``dtype``.
     """
     producer = fold.producer
     scale = scale.to(producer.weight.device)
@@ -164,4 +200,6 @@ def apply_fold(fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
     spread = fold.spread(scale)
     for consumer in fold.consumers.values():
         consumer.weight.data = consumer.weight.data.float() * spread
+    for router in fold.routers:
+        router.weight.data = (router.weight.data.float() * spread).to(dtype).to(router.weight.dtype)
     return scale

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_requant.format.experts import MIXTURES, separate_experts, stored_name
 from vllm_requant.kernels.cpu import multiplies_bfloat16
 
 __all__ = [
@@ -126,6 +127,7 @@ def skeleton(source: str, *, revision: str | None = None) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (ValueError, KeyError) as error:
             raise ModelError(f"{source}: not a causal language model: {str(error).splitlines()[0]}") from error
+    separate_experts(model)
     return model
 
 
@@ -153,6 +155,7 @@ def load_causal_lm(
         extra["use_safetensors"] = True
     tokenizer = load_tokenizer(source, revision=revision)
     model = _from_pretrained(AutoModelForCausalLM, source, revision=revision, **extra)
+    separate_experts(model)
     stored = next(model.parameters()).dtype
     if dtype != "auto":
         target = getattr(torch, dtype)
@@ -241,19 +244,26 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder blocks, by name, in the order of the forward pass.
 
-    Embeddings and the output head are not among them.
+    Embeddings, the output head and what routes tokens to experts are not among them.
 
     Raises:
         ModelError: the blocks hold weight matrices that are not ``nn.Linear``.
     """
     prefix, blocks = decoder_blocks(model)
-    layers = {f"{prefix}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+    mixture = MIXTURES.get(getattr(model.config, "model_type", ""))
+    routers = {f"{number}.{name}" for number in range(len(blocks)) for name in (mixture.routers if mixture else ())}
+    layers = {
+        f"{prefix}.{name}": module
+        for name, module in blocks.named_modules()
+        if isinstance(module, nn.Linear) and name not in routers
+    }
     known = {id(module.weight) for module in layers.values()}
+    known |= {id(parameter) for name, parameter in blocks.named_parameters() if name.rpartition(".")[0] in routers}
     for name, parameter in blocks.named_parameters():
         if parameter.ndim >= 2 and id(parameter) not in known:
             raise ModelError(
                 f"{prefix}.{name} {list(parameter.shape)} is a weight but not an nn.Linear "
-                "(mixture of experts or Conv1D): this architecture is not supported yet"
+                "(Conv1D, or experts of an architecture that is unknown here): this architecture is not supported yet"
             )
     if not layers:
         raise ModelError(f"{type(model).__name__}: the decoder blocks hold no nn.Linear")
@@ -270,9 +280,9 @@ def head_module(model: nn.Module) -> tuple[str, Tensor]:
 
 
 def other_tensors(lm: CausalLM, quantized: set[str]) -> dict[str, Tensor]:
-    """What is stored beside the quantized layers, in ``lm.dtype``, without doubles of tied weights."""
+    """What is stored beside the quantized layers, by stored name in ``lm.dtype``, without doubles of tied weights."""
     return {
-        name: tensor.to(lm.dtype) if tensor.is_floating_point() else tensor
+        stored_name(lm.model.config, name): tensor.to(lm.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in other_weights(lm.model, quantized).items()
     }
 

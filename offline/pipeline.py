@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_requant.format import LayerSpec, QuantizedLayer
+from vllm_requant.format.experts import routed_share
 
 from .bases import Awq, LayerData, Need, Rtn, relative_error
 from .budget import BudgetSearch, layer_sizes
@@ -285,6 +286,7 @@ class _Run:
         if not self.recipe.refits or self.tokens is None:
             return False
         needed = _TOKENS_PER_FEATURE * max(layer.in_features for layer in self.layers.values())
+        needed = round(needed / routed_share(self.model.config))
         if Need.INPUTS in self.base.refit_needs and self.tokens.numel() < needed:
             log.info("no refit: it takes %d calibration tokens, there are %d", needed, self.tokens.numel())
             return False

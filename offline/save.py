@@ -9,12 +9,15 @@ import transformers
 
 import vllm_requant
 from vllm_requant.format import CheckpointConfig
+from vllm_requant.format.experts import stored_name
 from vllm_requant.format.writer import staged_folder, write_tensors
 
 from .calibration import Calibration, load_calibration
 from .models import CausalLM, model_config, other_tensors
+from .observer import current_observer
 from .pipeline import Conversion, convert
 from .recipe import Recipe
+from .stages import Stages
 
 __all__ = ["REPORT_NAME", "convert_and_save", "convert_on", "save"]
 
@@ -52,7 +55,9 @@ def convert_and_save(
     """
     recipe = recipe.on(lm.device)  # what is kept says what was done
     conversion, calibration = convert_on(lm, recipe, dataset, cache=cache, low_memory=low_memory)
-    config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
+    with Stages().stage("save"):
+        config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
+    current_observer().converted(config, conversion.report)
     return config, conversion
 
 
@@ -89,10 +94,11 @@ def save(
     Returns:
         The configuration that was written.
     """
+    layers = {stored_name(lm.model.config, name): layer for name, layer in conversion.layers.items()}
     config = CheckpointConfig(
         producer={"name": "vllm-requant", "version": vllm_requant.__version__},
         provenance=_provenance(lm, recipe, calibration),
-        layers={name: layer.spec for name, layer in conversion.layers.items()},
+        layers={name: layer.spec for name, layer in layers.items()},
     )
     with staged_folder(folder, overwrite=overwrite) as staging:
         lm.tokenizer.save_pretrained(staging)
@@ -104,7 +110,7 @@ def save(
             staging,
             model_config(lm),
             config,
-            conversion.layers,
+            layers,
             other_tensors(lm, set(conversion.layers)),
             max_shard_size=max_shard_size,
         )

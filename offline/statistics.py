@@ -7,6 +7,7 @@ with how much the loss depends on the layer's output there, as GuidedQuant does 
 outputs): a token of huge activations that nothing looks at no longer rules.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from .cache import TensorCache, fingerprint
 from .models import computing_in
+from .path import Observer
 from .pqi import GradientMoments, Objective
 from .progress import track
 
 __all__ = ["HESSIANS", "InputStatistics", "guided_statistics", "input_statistics"]
 
 HESSIANS = ("guided", "inputs")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,9 @@ class _Moments:
         self.magnitude += x.abs().sum(0).to(self.magnitude.device)
         self.tokens += len(x)
 
-    def add_guided(self, x: Tensor, grad_output: Tensor) -> None:
-        # the loss is a mean over tokens; that of each is meant
-        self.add(x, (grad_output.float() * len(x)).square().mean(1))
-
     def result(self) -> dict[str, Tensor]:
+        if self.tokens == 0:  # an expert that none was sent to: all its inputs count alike
+            return {"hessian": torch.eye(len(self.second), device=self.second.device), "mean_abs": self.magnitude + 1}
         # what is symmetric by definition is made so up to the last bit
         return {
             "hessian": (self.second + self.second.t()) / (2 * self.tokens),
@@ -132,10 +133,15 @@ def guided_statistics(
         What :meth:`Objective.gradients` returns, and statistics by layer name, of each layer its own.
     """
     device = objective.accumulators
+    seq_len = objective.tokens.shape[1]
+
+    def guided(moments: _Moments) -> Observer:
+        # the loss is a mean over the tokens of a sequence; that of each is meant
+        return lambda x, grad_output: moments.add(x, (grad_output.float() * seq_len).square().mean(1))
 
     def collect() -> dict[str, Tensor]:
         sums = {name: _Moments(layer.in_features, device) for name, layer in objective.layers.items()}
-        moments = objective.walk_start({name: part.add_guided for name, part in sums.items()}, label=label)
+        moments = objective.walk_start({name: guided(part) for name, part in sums.items()}, label=label)
         return moments.flat() | _flat(sums)
 
     tensors = (cache or TensorCache()).get(lambda: objective.fingerprint(gradients="with inputs"), device, collect)
@@ -143,6 +149,14 @@ def guided_statistics(
 
 
 def _flat(moments: Mapping[str, _Moments]) -> dict[str, Tensor]:
+    unseen = [name for name, moment in moments.items() if moment.tokens == 0]
+    if unseen:
+        log.warning(
+            "%d layers, such as %s, were given no token of the calibration set: all their inputs count alike; "
+            "raise --num-samples",
+            len(unseen),
+            unseen[0],
+        )
     return {f"{part}.{name}": tensor for name, moment in moments.items() for part, tensor in moment.result().items()}
 
 
@@ -166,7 +180,7 @@ def _collect(
     ]
     try:
         with computing_in(compute, device):
-            for row in track(tokens, label, total=len(tokens)):
+            for row in track(tokens, label, total=len(tokens), tokens_per_item=tokens.shape[1]):
                 model.base_model(row[None].to(device), use_cache=False)  # no head: nobody looks at predictions
     finally:
         for hook in hooks:
@@ -175,7 +189,7 @@ def _collect(
 
 
 def _shared_inputs(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> dict[str, str]:
-    """For every layer the first layer that was given the same tensor object."""
+    """For every layer the first layer that was given the same tensor object; itself if it was given none."""
     # the tensors are kept alive until the end, so that no address is used twice
     seen: dict[int, tuple[str, Tensor]] = {}
     leaders: dict[str, str] = {}
@@ -191,7 +205,4 @@ def _shared_inputs(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) 
     finally:
         for hook in hooks:
             hook.remove()
-    silent = sorted(layers.keys() - leaders.keys())
-    if silent:
-        raise ValueError(f"{silent[0]} took no part in the forward pass")
-    return leaders
+    return {name: leaders.get(name, name) for name in layers}

@@ -14,7 +14,9 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB_SIZE = 320
@@ -31,6 +33,7 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 CONFIGS = {
     "llama": lambda **extra: LlamaConfig(**_SHAPE | extra),
     "mistral": lambda **extra: MistralConfig(**_SHAPE | extra),
@@ -38,6 +41,9 @@ CONFIGS = {
     "qwen3": lambda **extra: Qwen3Config(**_SHAPE | {"head_dim": 16} | extra),
     "gemma3": lambda **extra: Gemma3TextConfig(**_SHAPE | {"head_dim": 16, "sliding_window": 64} | extra),
     "phi3": lambda **extra: Phi3Config(**_SHAPE | extra),
+    "mixtral": lambda **extra: MixtralConfig(**_SHAPE | {"num_local_experts": 4} | extra),
+    "qwen2_moe": lambda **extra: Qwen2MoeConfig(**_SHAPE | _EXPERTS | {"shared_expert_intermediate_size": 96} | extra),
+    "qwen3_moe": lambda **extra: Qwen3MoeConfig(**_SHAPE | _EXPERTS | {"head_dim": 16} | extra),
 }
 
 
@@ -54,8 +60,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(architecture: str = "llama", *, seed: int = 0, **extra: Any) -> Any:
     """A random model in float32 whose weights bfloat16 represents exactly."""
     torch.manual_seed(seed)
-    config = MixtralConfig(**_SHAPE | extra) if architecture == "mixtral" else CONFIGS[architecture](**extra)
-    built = AutoModelForCausalLM.from_config(config).eval()
+    built = AutoModelForCausalLM.from_config(CONFIGS[architecture](**extra)).eval()
     with torch.no_grad():
         for parameter in built.parameters():
             # larger than an initialization, so that layers matter and quantization hurts

@@ -41,7 +41,9 @@ class Awq(UniformBase):
         """
         weights = [_some_rows(layer.weight.data).float() for layer in fold.consumers.values()]
         statistics = [inputs[name] for name in fold.consumers]
-        activation = fold.per_channel(statistics[0].mean_abs).clamp(min=1e-8)
+        # experts see different tokens, other consumers all the same
+        seen = torch.stack([each.mean_abs for each in statistics]).mean(0)
+        activation = fold.per_channel(seen).clamp(min=1e-8)
         magnitude = fold.per_channel(self._relative_magnitude(weights)).clamp(min=1e-4)
         best, best_loss = torch.ones_like(activation), torch.inf
         candidates = [torch.ones_like(activation)]

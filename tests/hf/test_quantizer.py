@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"base": "rtn", "bits": 3, "group_size": 32, "lm_head_bits": 4},
     "gemma3": {"base": "qtip", "bits": 2, "lm_head_bits": 8},
     "phi3": {"base": "rtn", "bits": 4},
+    "mixtral": {"base": "squeezellm", "bits": 4},
+    "qwen3_moe": {"base": "gptq", "bits": 4, "group_size": 32},
 }
 
 

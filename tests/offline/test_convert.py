@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from vllm_requant import hf
+from vllm_requant.format.experts import MIXTURES
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.offline import pipeline
 from vllm_requant.offline.calibration import CalibrationError, load_calibration
@@ -329,10 +330,38 @@ def test_plan_predicts_the_size(tmp_path: Path) -> None:
     assert sum(la.spec.nbytes for la in conversion.layers.values()) == pytest.approx(expected, abs=4 * len(planned))
 
 
-def test_mixture_of_experts_is_refused_before_weights_are_read(tmp_path: Path) -> None:
-    tiny.save(tmp_path / "in", "mixtral")
-    with pytest.raises(ModelError, match=r"not an nn.Linear"):
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_are_stored_one_by_one_under_the_names_of_the_architecture(tmp_path: Path, architecture: str) -> None:
+    source = tiny.save(tmp_path / "in", architecture)
+    _convert(source, tmp_path / "out", base="rtn", bits=4)
+    # transformers itself writes the names that files of an architecture have
+    original = set(load_file(source / "model.safetensors"))
+    checkpoint = Checkpoint(tmp_path / "out")
+    quantized = {f"{name}.weight" for name in checkpoint.config.layers}
+    others = {name for name, _ in checkpoint.other_tensors()}
+    assert quantized | others == original
+    assert not quantized & others
+    assert sum("experts." in name for name in quantized) == 2 * 4 * 3
+    assert any(name.endswith("gate.weight") for name in others), "what routes stays"
+
+
+def test_experts_of_an_unknown_architecture_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "in", "qwen3_moe")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config |= {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"experts of an architecture that is unknown here"):
         plan(skeleton(str(tmp_path / "in")), Recipe())
+
+
+def test_an_expert_that_no_token_reaches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is known about its inputs, and it is quantized all the same."""
+    source = tiny.save(tmp_path / "in", "mixtral", num_local_experts=16, num_experts_per_tok=1)
+    for hessian in HESSIANS:
+        caplog.clear()
+        _, conversion = _convert(source, tmp_path / hessian, base="gptq", num_samples=2, seq_len=4, hessian=hessian)
+        assert "were given no token of the calibration set" in caplog.text
+        assert all(torch.isfinite(layer.weight()).all() for layer in conversion.layers.values())
 
 
 def test_sources_that_are_no_model(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3": (HEADS, {"base": "gptq", "bits": 4, "group_size": 32, "lm_head_bits": 4}),
     "gemma3": (HEADS, {"base": "squeezellm", "bits": 4, "lm_head_bits": 8}),
     "phi3": ({}, {"base": "rtn", "bits": 4, "group_size": 32}),
+    "mixtral": (HEADS, {"base": "squeezellm", "bits": 3}),
+    "qwen2_moe": ({}, {"base": "gptq", "bits": 4, "group_size": 32, "lm_head_bits": 8}),
+    "qwen3_moe": (HEADS, {"base": "awq", "bits": 4, "group_size": 32}),
 }
 
 

@@ -123,15 +123,3 @@ def test_named_layer_that_no_module_asks_for():
     module = ColumnParallelLinear(HIDDEN, 64, bias=False, quant_config=config, prefix="c")
     with pytest.raises(ValueError, match=r"1 quantized layers.*no quantizable module.*layers.0.self_attn.o_proj"):
         load(module, {None: layer})
-
-
-def test_mixture_of_experts():
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    experts = RoutedExperts.__new__(RoutedExperts)
-    layer = random_layer(64, HIDDEN, **SPARSE)
-    config = quant_config({"model.layers.0.mlp.experts.0.up_proj": layer})
-    for prefix in ("model.layers.0.mlp.experts", "model.layers.0.mlp.experts.routed_experts"):
-        with pytest.raises(ValueError, match="mixture-of-experts layers are not supported"):
-            config.get_quant_method(experts, prefix)
-    assert config.get_quant_method(experts, "model.layers.1.mlp.experts") is None

@@ -24,10 +24,10 @@ def load_two_layers() -> None:
     loading = Loading()
     loading.expect()
     loading.expect()
-    for kind, nbytes, head in (("uniform", 100, True), ("lut", 50, False)):
+    for kind, nbytes, share in (("uniform", 100, 1.0), ("lut", 50, 0.5)):
         with loading.repacking():
             pass
-        loading.holds(kind, nbytes, device="cpu", kernel="cpu-x", every_step=head)
+        loading.holds(kind, nbytes, device="cpu", kernel="cpu-x", read_share=share)
         assert not read_reports()
         loading.done()
 
@@ -36,7 +36,7 @@ def test_report_comes_with_the_last_layer(folder: Path) -> None:
     load_two_layers()
     (report,) = read_reports()
     assert report.weight_bytes == {"uniform": 100, "lut": 50}
-    assert report.step_bytes == 100
+    assert report.step_bytes == 125
     assert report.kernels == {"uniform": "cpu-x", "lut": "cpu-x"}
     assert 0 <= report.repack_seconds <= report.load_seconds < 10
     assert [path.name for path in folder.iterdir()] == ["0-0.json"]

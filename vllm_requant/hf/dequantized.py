@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..format import ReQuantFormatError
+from ..format.experts import separate_experts, stored_name
 from ..format.reader import Checkpoint
 
 __all__ = ["load_dequantized", "load_tokenizer"]
@@ -42,8 +43,9 @@ def load_dequantized(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     # tying is part of the initialization that was skipped
     model.tie_weights()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers())
+    separate_experts(model)
+    parameters = {stored_name(config, name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    buffers = {stored_name(config, name): buffer for name, buffer in model.named_buffers()}
     filled: set[int] = set()
 
     def fill(name: str, value: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, ReQuantFormatError, parse_config
+from ..format.experts import model_name, separate_experts, stored_name
 from .modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule, TiedHead
 
 __all__ = ["RequantTransformersConfig", "RequantTransformersQuantizer"]
@@ -40,7 +41,11 @@ class RequantTransformersQuantizer(HfQuantizer):
     quantization_config: RequantTransformersConfig
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> None:
-        layers = self.quantization_config.checkpoint.layers
+        separate_experts(model)
+        stored = self.quantization_config.checkpoint.layers
+        # transformers renames what it reads from the files as it does for any checkpoint of the architecture
+        layers = {model_name(model.config, name): spec for name, spec in stored.items()}
+        self._dtype = dtype or torch.get_default_dtype()
         tied = {
             target.removesuffix(".weight"): source.removesuffix(".weight")
             for target, source in getattr(model, "all_tied_weights_keys", {}).items()
@@ -52,7 +57,7 @@ class RequantTransformersQuantizer(HfQuantizer):
                 raise ReQuantFormatError("the model has no such module", tensor=name) from None
             if name in tied:
                 raise ReQuantFormatError("quantized on its own, but config.json ties it to the embedding", tensor=name)
-            model.set_submodule(name, _quantized(name, spec, module, dtype or torch.get_default_dtype()))
+            model.set_submodule(name, _quantized(name, spec, module, self._dtype))
         for target, source in tied.items():
             if source in layers:
                 embedding = model.get_submodule(source)
@@ -65,6 +70,10 @@ class RequantTransformersQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantizedModule):
                 module.repack()
+        for name, parameter in model.named_parameters():
+            # transformers takes what it renames in a quantized checkpoint for a quantized tensor, and leaves its type
+            if stored_name(model.config, name) != name:
+                parameter.data = parameter.data.to(self._dtype)
         return model
 
     @property

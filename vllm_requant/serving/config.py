@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, parse_config
 from ..format.reader import check_headers
 from .embedding import RequantEmbeddingMethod, TieableHeadMethod
+from .experts import RequantExpertsMethod, expert_modules
 from .linear import RequantLinearMethod
 from .load_report import Loading, open_folder
 
@@ -105,7 +106,7 @@ class RequantConfig(QuantizationConfig):
         """The method of a module that vLLM builds, ``prefix`` being its name; None for vLLM's default.
 
         Raises:
-            ValueError: only a part of a fused layer is quantized, or the layer is a mixture of experts.
+            ValueError: only a part of a fused layer, or of the experts of a block, is quantized.
         """
         self._observe_engine()
         if isinstance(layer, LinearBase):
@@ -117,7 +118,7 @@ class RequantConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(prefix or self._nameless_embedding(layer))
         if isinstance(layer, RoutedExperts):
-            self._refuse_experts(prefix)
+            return self._experts_method(layer, prefix)
         return None
 
     def require_all_claimed(self) -> None:
@@ -188,15 +189,23 @@ class RequantConfig(QuantizationConfig):
             )
         return fitting[0] if fitting else ""
 
-    def _refuse_experts(self, prefix: str) -> None:
-        # vLLM may build the experts one module deeper than the checkpoint names them
-        experts = prefix.removesuffix(".routed_experts") + "."
-        named = sorted(name for name in self.layers if name.startswith(experts))
-        if named:
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> RequantExpertsMethod | None:
+        """None if no expert of a block is quantized.
+
+        Raises:
+            ValueError: some are and some are not.
+        """
+        names = expert_modules(layer, prefix)
+        missing = [name for name in names.values() if name not in self.layers]
+        if len(missing) == len(names):
+            return None
+        if missing:
             raise ValueError(
-                f"{prefix}: quantized mixture-of-experts layers are not supported yet; convert the model "
-                f"with the experts left unquantized ({', '.join(named[:_NAMES_IN_MESSAGE])}, …)"
+                f"{prefix}: the checkpoint quantizes some of its experts, but not {missing[0]}; quantize all or none"
             )
+        self._claimed.update(names.values())
+        modules = {place: (name, self.layers[name]) for place, name in names.items()}
+        return RequantExpertsMethod(self, layer.moe_config, modules)
 
 
 def _activation_bits(additional_config: Any) -> int:

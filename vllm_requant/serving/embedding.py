@@ -90,7 +90,7 @@ class RequantEmbeddingMethod(QuantizeMethodBase):
         if padding:
             with torch.device("cpu"):
                 parts.append(zero_layer(self.spec, padding))
-        self.segments = install_segments(layer, parts, device, self.config, every_step=self.serves_head)
+        self.segments = install_segments(layer, parts, device, self.config, read_share=float(self.serves_head))
 
     def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Rows of the token ids: int64 ``[...]`` to ``[..., hidden]`` in the layer's ``params_dtype``."""

@@ -20,7 +20,14 @@ from .stash import ShardId, StoredModule, WeightStash
 if TYPE_CHECKING:
     from .config import RequantConfig
 
-__all__ = ["Partition", "RequantLinearMethod", "layer_partitions", "plan_modules"]
+__all__ = [
+    "Partition",
+    "RequantLinearMethod",
+    "layer_partitions",
+    "plan_modules",
+    "require_row_borders",
+    "require_split",
+]
 
 _MAX_SUGGESTED_TP = 16
 
@@ -154,11 +161,11 @@ class RequantLinearMethod(LinearMethodBase):
             start = layer.tp_rank * input_size_per_partition
             columns = (start, start + input_size_per_partition)
             for name, spec in self.modules.items():
-                _require_split(name, spec, input_size // input_size_per_partition)
+                require_split(name, spec, input_size // input_size_per_partition)
         partitions = layer_partitions(layer, output_partition_sizes, output_size)
         modules = plan_modules(self.modules, partitions, columns)
         for module in modules:
-            _require_row_borders(module)
+            require_row_borders(module)
         self._stash = WeightStash(modules, dummy=self.config.dummy)
         self._stash.attach(layer)
         self.config.loading.expect()
@@ -175,7 +182,7 @@ class RequantLinearMethod(LinearMethodBase):
         self.config.require_all_claimed()
         parts, device = self._stash.finish(layer)
         self._stash = None
-        self.segments = install_segments(layer, parts, device, self.config, every_step=True)
+        self.segments = install_segments(layer, parts, device, self.config, read_share=1.0)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` of this rank, in ``x.dtype``."""
@@ -197,21 +204,22 @@ def _splits(spec: LayerSpec, ranks: int) -> bool:
     return True
 
 
-def _require_row_borders(module: StoredModule) -> None:
-    """Fail before anything is read.
+def require_row_borders(module: StoredModule) -> None:
+    """Fail before anything is read, naming the sizes that would do.
 
     Raises:
         ValueError: the kind cannot be cut at the borders of this rank's rows.
     """
-    quantum = module.spec.row_quantum
+    spec, quantum = module.spec, module.spec.row_quantum
     if any(border % quantum for rows in module.rows for border in rows):
+        fitting = [str(tp) for tp in range(1, _MAX_SUGGESTED_TP + 1) if spec.out_features % (tp * quantum) == 0]
         raise ValueError(
-            f"{module.name}: a rank's part of its {module.spec.out_features} output features must be a multiple of "
-            f"{quantum} for {module.spec.kind} weights; lower --tensor-parallel-size"
+            f"{module.name}: a rank's part of its {spec.out_features} output features must be a multiple of {quantum} "
+            f"for {spec.kind} weights. This layer allows --tensor-parallel-size {', '.join(fitting)} at most"
         )
 
 
-def _require_split(name: str, spec: LayerSpec, ranks: int) -> None:
+def require_split(name: str, spec: LayerSpec, ranks: int) -> None:
     """Fail before anything is read, naming the sizes that would do.
 
     Raises:

@@ -33,7 +33,8 @@ class LoadReport(BaseModel):
         engine: data-parallel rank.
         device: type of the device that it computes on.
         weight_bytes: of run-time weights, residual included, by kind.
-        step_bytes: of those that one decoding step reads: all but embeddings that serve no head.
+        step_bytes: of those that a decoding step of one request reads: no embeddings that serve no head, and of experts
+            those that a token is sent to.
         kernels: implementation by kind.
         load_seconds: from the first layer built to the last one ready.
         repack_seconds: of these, for turning stored tensors into run-time weights.
@@ -77,10 +78,10 @@ class Loading:
         finally:
             self._repack_seconds += time.monotonic() - begin
 
-    def holds(self, kind: str, nbytes: int, *, device: str, kernel: str, every_step: bool) -> None:
-        """Run-time weights that are ready, and whether every decoding step reads them."""
+    def holds(self, kind: str, nbytes: int, *, device: str, kernel: str, read_share: float) -> None:
+        """Run-time weights that are ready, and the share of them that a decoding step of one request reads."""
         self._weight_bytes[kind] += nbytes
-        self._step_bytes += nbytes * every_step
+        self._step_bytes += round(nbytes * read_share)
         self._device, self._kernels[kind] = device, kernel
 
     def done(self) -> None:

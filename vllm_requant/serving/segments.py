@@ -19,7 +19,14 @@ from ..format.rows import can_stack, concat_rows
 if TYPE_CHECKING:
     from .config import RequantConfig
 
-__all__ = ["Segment", "install_segments", "segment_weights", "segments_linear"]
+__all__ = [
+    "Segment",
+    "install_segments",
+    "make_segments",
+    "report_ready",
+    "segment_weights",
+    "segments_linear",
+]
 
 # a name below vllm's, so that vLLM's handlers and VLLM_LOGGING_LEVEL apply to it
 logger = init_logger(f"vllm.{__name__}")
@@ -43,6 +50,13 @@ class Segment(NamedTuple):
     activation_bits: int
     names: tuple[tuple[str, str], ...]
 
+    def register(self, layer: torch.nn.Module, weights: dict[str, Tensor], prefix: str) -> "Segment":
+        """Make run-time weights parameters ``<prefix>_<name>`` of a vLLM layer; the segment that knows them."""
+        names = tuple((name, f"{prefix}_{name}") for name in weights)
+        for name, attribute in names:
+            layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
+        return self._replace(names=names)
+
 
 def install_segments(
     layer: torch.nn.Module,
@@ -50,16 +64,26 @@ def install_segments(
     device: torch.device,
     config: "RequantConfig",
     *,
-    every_step: bool,
+    read_share: float,
 ) -> tuple[Segment, ...]:
-    """Stack, repack and register ``parts`` as parameters ``segment<i>_<name>`` of ``layer``.
+    """Stack, repack and register ``parts`` as parameters ``segment<i>_<name>`` of ``layer``, which is then ready.
 
     Args:
         parts: this rank's canonical layers on the CPU, in the order of the output features.
         device: where the layer computes.
         config: says with how many bits activations are multiplied; its load report is told that the layer is ready.
-        every_step: whether every decoding step reads them.
+        read_share: of the weights, how much a decoding step of one request reads.
     """
+    made = make_segments(parts, device, config, read_share=read_share)
+    segments = tuple(segment.register(layer, weights, f"segment{i}") for i, (segment, weights) in enumerate(made))
+    report_ready(config, device)
+    return segments
+
+
+def make_segments(
+    parts: Sequence[QuantizedLayer], device: torch.device, config: "RequantConfig", *, read_share: float
+) -> list[tuple[Segment, dict[str, Tensor]]]:
+    """Segments and their run-time weights, which are not registered yet; arguments as above."""
     runs: list[list[QuantizedLayer]] = []
     for part in parts:
         if runs and can_stack(runs[-1][-1], part):
@@ -67,7 +91,7 @@ def install_segments(
         else:
             runs.append([part])
     segments = []
-    for index, run in enumerate(runs):
+    for run in runs:
         with torch.device("cpu"):
             stacked = concat_rows(run)
         spec = stacked.spec
@@ -79,22 +103,24 @@ def install_segments(
                 in_features=spec.in_features,
                 device=device,
             )
-        names = tuple((name, f"segment{index}_{name}") for name in weights)
-        for name, attribute in names:
-            layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
         features = (spec.in_features, spec.out_features)
-        segments.append(Segment(spec.kind, spec.kernel_settings, *features, config.activation_bits, names))
+        segment = Segment(spec.kind, spec.kernel_settings, *features, config.activation_bits, ())
+        segments.append((segment, weights))
         config.loading.holds(
             spec.kind,
             sum(tensor.nbytes for tensor in weights.values()),
             device=torch.device(device).type,
             kernel=_kernel(spec.kind, torch.device(device).type),
-            every_step=every_step,
+            read_share=read_share,
         )
+    return segments
+
+
+def report_ready(config: "RequantConfig", device: torch.device) -> None:
+    """A vLLM layer has all its run-time weights."""
     if torch.device(device).type == "cpu":
         _request_amx()
     config.loading.done()
-    return tuple(segments)
 
 
 def segment_weights(layer: torch.nn.Module, segment: Segment) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ come, the module is checked, cut to this rank and the rest released: no rank eve
 module. vLLM does not notice missing tensors of quantized models; :meth:`WeightStash.finish` does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,8 +19,9 @@ from ..format.rows import synthetic_layer
 
 __all__ = ["ShardId", "StoredModule", "WeightStash"]
 
-ShardId = str | int | tuple[int, ...] | None
-"""How vLLM names the part of a fused layer that a tensor belongs to; None where nothing is fused."""
+ShardId = str | int | tuple[int, ...] | tuple[int, str] | None
+"""How vLLM names the part of a fused layer that a tensor belongs to; an expert's number and matrix; None where nothing
+is fused."""
 
 
 @dataclass
@@ -85,25 +86,32 @@ class WeightStash:
     Args:
         modules: the stored modules that make up the layer, in the order of their output features.
         dummy: vLLM runs with ``--load-format dummy``, so no tensor will come.
+        prefix: what vLLM puts in front of the suffixes of this layer's tensors.
     """
 
-    def __init__(self, modules: Sequence[StoredModule], *, dummy: bool) -> None:
+    def __init__(self, modules: Sequence[StoredModule], *, dummy: bool, prefix: str = "") -> None:
         self.modules = list(modules)
         self.dummy = dummy
+        self.prefix = prefix
 
     def attach(self, layer: torch.nn.Module) -> None:
         """Register one zero-size parameter per stored tensor, under the suffix that it has on disk."""
         for module in self.modules:
             for suffix, (dtype, _) in module.spec.tensors().items():
-                if suffix not in layer._parameters:
+                name = self.prefix + suffix
+                if name not in layer._parameters:
                     param = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-                    param.weight_loader = partial(self.receive, suffix)  # type: ignore[attr-defined]
-                    layer.register_parameter(suffix, param)
+                    param.weight_loader = self.loader(suffix)  # type: ignore[attr-defined]
+                    layer.register_parameter(name, param)
+
+    def loader(self, suffix: str) -> Callable[..., object]:
+        """The ``weight_loader`` of the parameter of a suffix, as this kind of layer calls it."""
+        return partial(self.receive, suffix)
 
     def receive(
         self, suffix: str, param: torch.nn.Parameter, loaded_weight: Tensor, loaded_shard_id: ShardId = None
     ) -> None:
-        """The ``weight_loader`` of the parameter named ``suffix``.
+        """Take a whole tensor.
 
         Raises:
             ReQuantFormatError: the tensor is unexpected, doubled, or breaks the format.
@@ -126,7 +134,7 @@ class WeightStash:
         with torch.device("cpu"):
             parts = [part for module in self.modules for part in module.take(dummy=self.dummy)]
         suffixes = {suffix for module in self.modules for suffix in module.spec.tensors()}
-        device = getattr(layer, "qweight").device  # noqa: B009 (a tensor that every kind has)
+        device = getattr(layer, f"{self.prefix}qweight").device  # a tensor that every kind has
         for suffix in suffixes:
-            delattr(layer, suffix)
+            delattr(layer, self.prefix + suffix)
         return parts, device
