@@ -63,7 +63,7 @@ def packed_experts(
     activation: str,
     activation_bits: int = 16,
 ) -> Tensor:
-    """``Σ_e routing_e · down_e(activation(gate_e x) · up_e x)`` over the experts of each token, by number.
+    """``Σ_e routing_e · down_e(activation(gate_e x) · up_e x)`` over the experts of each token, in their order.
 
     Args:
         x: ``[tokens, hidden]``, float32, bfloat16 or float16, on the CPU.
@@ -99,21 +99,47 @@ def _packed_experts(
     activation: str,
     planes: int,
 ) -> Tensor:
-    cpu.library()  # its ops multiply
-    multiply, act = torch.ops.requant.packed_linear, ACTIVATIONS[activation]
-    result = torch.zeros(x.shape, dtype=torch.float32)
-    for number in sorted({number for numbers in ids.tolist() for number in numbers if number >= 0}):
-        gate, up, down = (packed[begin : begin + nbytes] for begin, nbytes in pieces[number].tolist())
-        token, place = torch.where(ids == number)
-        inputs = x[token]
+    hidden, k = x.shape[1], ids.shape[1]
+    # inputs are laid out by expert, so that what an expert reads and writes is one piece each
+    order = ids.flatten().argsort(stable=True)
+    runs = _runs(ids.flatten()[order], packed, pieces)
+    inputs = x[order // k]
+    halves = x.new_empty(len(order), 2 * intermediate)
+    for begin, end, (gate, up, _) in runs:
         if up.numel():
-            halves = multiply(inputs, gate, intermediate, planes), multiply(inputs, up, intermediate, planes)
+            for column, half in ((0, gate), (intermediate, up)):
+                out = x.new_empty(end - begin, intermediate)
+                _multiply(inputs[begin:end], half, out, planes)
+                halves[begin:end, column : column + intermediate] = out
         else:
-            halves = multiply(inputs, gate, 2 * intermediate, planes).chunk(2, dim=1)
-        inner = (act(halves[0].float()) * halves[1].float()).to(x.dtype)
-        y = multiply(inner, down, x.shape[1], planes)
-        result.index_add_(0, token, y.float() * routing[token, place, None])
-    return result.to(x.dtype)
+            _multiply(inputs[begin:end], gate, halves[begin:end], planes)
+    gated, up = halves.float().chunk(2, dim=1)
+    inner = (ACTIVATIONS[activation](gated) * up).to(x.dtype)
+    outputs = x.new_zeros(len(order), hidden)
+    for begin, end, (_, _, down) in runs:
+        _multiply(inner[begin:end], down, outputs[begin:end], planes)
+    placed = torch.empty_like(outputs)
+    placed[order] = outputs
+    return (placed.view(-1, k, hidden).float() * routing[:, :, None].float()).sum(1).to(x.dtype)
+
+
+def _runs(numbers: Tensor, packed: Tensor, pieces: Tensor) -> list[tuple[int, int, list[Tensor]]]:
+    """Where the rows of each expert that is here begin and end among sorted numbers of experts, and its matrices."""
+    found, counts = torch.unique_consecutive(numbers, return_counts=True)
+    ends = counts.cumsum(0)
+    matrices = pieces[found.clamp(min=0)].tolist()
+    return [
+        (end - count, end, [packed[begin : begin + nbytes] for begin, nbytes in places])
+        for number, count, end, places in zip(found.tolist(), counts.tolist(), ends.tolist(), matrices, strict=True)
+        if number >= 0
+    ]
+
+
+def _multiply(x: Tensor, packed: Tensor, out: Tensor, planes: int) -> None:
+    if len(x) <= cpu.fused_batch(packed, x.dtype):
+        cpu.linear_into(x, packed, out, planes=planes)
+    else:
+        out.copy_(torch.ops.requant.packed_linear_any(x, packed, out.shape[1], planes))
 
 
 def _packed_experts_fake(x: Tensor, *_: object) -> Tensor:

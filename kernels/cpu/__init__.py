@@ -25,6 +25,7 @@ __all__ = [
     "isa",
     "library",
     "linear",
+    "linear_into",
     "multiplies_bfloat16",
     "pack",
     "pack_trellis",
@@ -227,11 +228,16 @@ def linear(x: Tensor, packed: Tensor, *, out_features: int, planes: int) -> Tens
     Returns:
         ``[batch, out_features]`` of ``x.dtype``.
     """
-    batch, in_features = x.shape
-    y = torch.empty(batch, out_features, dtype=x.dtype)
-    weight = (packed.data_ptr(), packed.numel(), out_features, in_features)
-    _check(library().requant_linear(*weight, planes, _DTYPES[x.dtype], batch, x.data_ptr(), y.data_ptr()))
+    y = torch.empty(len(x), out_features, dtype=x.dtype)
+    linear_into(x, packed, y, planes=planes)
     return y
+
+
+def linear_into(x: Tensor, packed: Tensor, y: Tensor, *, planes: int) -> None:
+    """The same into ``y``, contiguous ``[batch, out_features]`` of ``x.dtype``."""
+    batch, in_features = x.shape
+    weight = (packed.data_ptr(), packed.numel(), y.shape[1], in_features)
+    _check(library().requant_linear(*weight, planes, _DTYPES[x.dtype], batch, x.data_ptr(), y.data_ptr()))
 
 
 def dequantize(packed: Tensor, out: Tensor, *, ids: Tensor | None = None, first: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from tests import tiny
 from tests.serving.engine import job, vllm_tokens
 from vllm_requant import hf
+from vllm_requant.format.experts import MIXTURES
 from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import Recipe
 from vllm_requant.offline.save import convert_and_save
@@ -21,6 +22,7 @@ NEW_TOKENS = 12
 # heads of 32, which vLLM's attention has on a CPU; two ranks have halves that groups of 32 fit
 SHAPE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192}
 HEADS = {"head_dim": 32}
+EXPERTS = {"moe_intermediate_size": 128}
 # an architecture, what its configuration needs beside the shape, and how it is converted; every base that splits by
 # rows once, head quantized or not, tied or not
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -31,8 +33,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": (HEADS, {"base": "squeezellm", "bits": 4, "lm_head_bits": 8}),
     "phi3": ({}, {"base": "rtn", "bits": 4, "group_size": 32}),
     "mixtral": (HEADS, {"base": "squeezellm", "bits": 3}),
-    "qwen2_moe": ({}, {"base": "gptq", "bits": 4, "group_size": 32, "lm_head_bits": 8}),
-    "qwen3_moe": (HEADS, {"base": "awq", "bits": 4, "group_size": 32}),
+    "qwen2_moe": (
+        EXPERTS | {"shared_expert_intermediate_size": 192},
+        {"base": "gptq", "bits": 4, "group_size": 32, "lm_head_bits": 8},
+    ),
+    "qwen3_moe": (HEADS | EXPERTS, {"base": "awq", "bits": 4, "group_size": 32}),
 }
 
 
@@ -75,3 +80,9 @@ def test_tokens_are_those_of_the_dequantized_model(
     results = vllm_tokens(*(job(folder, PROMPTS, **options) for folder in converted.values()))
     assert dict(zip(converted, results, strict=True)) == tokens
     assert len({str(sequences) for sequences in tokens.values()}) == len(tokens)
+
+
+def test_ranks_with_experts_of_their_own(converted: dict[str, Path], tokens: dict[str, list[list[int]]]) -> None:
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    results = vllm_tokens(*(job(converted[architecture], PROMPTS, **options) for architecture in MIXTURES))
+    assert results == [tokens[architecture] for architecture in MIXTURES]

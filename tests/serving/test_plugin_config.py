@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from tests.serving.vllm_layers import BY_ROW, FORMATS, load, quant_config, random_layer
@@ -72,6 +73,7 @@ def started_with(monkeypatch, additional_config) -> None:
     engine = SimpleNamespace(
         additional_config=additional_config,
         load_config=SimpleNamespace(load_format="auto"),
+        device_config=SimpleNamespace(device_type="cpu"),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
     monkeypatch.setattr("vllm_requant.serving.config.get_current_vllm_config_or_none", lambda: engine)
@@ -100,6 +102,28 @@ def test_what_additional_config_says_must_mean_something(monkeypatch, wrong):
     started_with(monkeypatch, {"requant": wrong})
     with pytest.raises(ValueError, match="--additional-config"):
         quant_config({"c": LAYER}).get_quant_method(torch.nn.Module(), "c")
+
+
+def test_compiled_artifacts_are_of_one_version_kernel_and_width(monkeypatch):
+    """vLLM keeps what it compiled under the hash of its configuration."""
+
+    from vllm_requant.serving import config as serving_config
+
+    def compile_key(bits: int) -> str:
+        engine = VllmConfig(additional_config={"requant": {"activation_bits": bits}})
+        with set_current_vllm_config(engine):
+            quant_config({"c": LAYER}).get_quant_method(torch.nn.Module(), "c")
+        return engine.compute_hash()
+
+    keys = [compile_key(16), compile_key(8)]
+    assert keys[0] == compile_key(16)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving_config, "__version__", "another")
+        keys.append(compile_key(16))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "kernel_path", lambda kind, device: "another")
+        keys.append(compile_key(16))
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("fmt", BY_ROW.values(), ids=BY_ROW)

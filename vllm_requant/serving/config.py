@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from .. import __version__, kernels
 from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, parse_config
 from ..format.reader import check_headers
 from .embedding import RequantEmbeddingMethod, TieableHeadMethod
@@ -28,6 +29,7 @@ _EMBEDDING_NAMES = frozenset(
     {"embed_in", "embed_tokens", "embedding", "embeddings", "tok_embeddings", "word_embeddings", "wte"}
 )
 _NAMES_IN_MESSAGE = 5
+_COMPILE_KEY = "requant_plugin"
 
 
 class RequantConfig(QuantizationConfig):
@@ -143,6 +145,7 @@ class RequantConfig(QuantizationConfig):
         engine = get_current_vllm_config_or_none()
         if engine is not None:
             self.activation_bits = _activation_bits(engine.additional_config)
+            _join_compile_key(engine)
             self.dummy = engine.load_config.load_format == "dummy"
             self._pipeline_parallel = engine.parallel_config.pipeline_parallel_size > 1
 
@@ -220,3 +223,13 @@ def _activation_bits(additional_config: Any) -> int:
     if bits not in (8, 16):
         raise ValueError(f"--additional-config: {QUANT_METHOD} is {ours}, it takes activation_bits, 8 or 16")
     return bits
+
+
+def _join_compile_key(engine: VllmConfig) -> None:
+    """Let vLLM keep what it compiles for this version of the plugin apart from what it compiled for another.
+
+    Its key covers its own version, the checkpoint's configuration and ``additional_config``, no plugin.
+    """
+    if isinstance(engine.additional_config, dict):
+        path = kernels.kernel_path("uniform", torch.device(engine.device_config.device_type))
+        engine.additional_config[_COMPILE_KEY] = {"version": __version__, "kernels": path}
