@@ -4,7 +4,7 @@ A tensor-parallel rank holds its part of every expert, an expert-parallel one al
 and sums up ranks; here a token's experts are computed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from ..format import LayerSpec, QuantizedLayer
+from ..format import LayerSpec
 from ..kernels import experts as kernels
 from .linear import require_row_borders, require_split
-from .segments import Segment, make_segments, report_ready, segments_linear
+from .segments import Segment, make_segments, register_segments, report_ready, segments_linear
 from .stash import StoredModule, WeightStash
 
 if TYPE_CHECKING:
@@ -172,26 +172,22 @@ class RequantExpertsMethod(FusedMoEMethodBase):
         self.config.require_all_claimed()
         stashes, self._stashes = self._stashes, None
         (first, device), (second, _) = (stash.finish(layer) for stash in stashes)
-        joined = on_cpu(device)
-        packed: list[tuple[Sequence[Tensor], Tensor]] = []
         share = layer.top_k / layer.global_num_experts
+        packed = []
         for number, down in enumerate(second):
-            parts: tuple[list[QuantizedLayer], ...] = (first[2 * number : 2 * number + 2], [down])
-            made = [make_segments(matrices, device, self.config, read_share=share) for matrices in parts]
-            if joined:
-                both, last = ([weights["packed"] for _, weights in segments] for segments in made)
-                packed.append((both, last[0]))
+            both = make_segments(first[2 * number : 2 * number + 2], device, self.config, read_share=share)
+            last = make_segments([down], device, self.config, read_share=share)
+            if on_cpu(device):
+                packed.append(([weights["packed"] for _, weights in both], last[0][1]["packed"]))
             else:
-                named = (f"expert{number}_w13", f"expert{number}_w2")
                 self.segments.append(
-                    tuple(  # type: ignore[arg-type]
-                        tuple(segment.register(layer, weights, f"{name}_{i}") for i, (segment, weights) in enumerate(m))
-                        for name, m in zip(named, made, strict=True)
+                    (
+                        register_segments(layer, both, f"expert{number}_w13_"),
+                        register_segments(layer, last, f"expert{number}_w2_"),
                     )
                 )
-        if joined:
-            for name, tensor in kernels.join(packed).items():
-                layer.register_parameter(f"experts_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+        for name, tensor in kernels.join(packed).items() if packed else ():
+            layer.register_parameter(f"experts_{name}", torch.nn.Parameter(tensor, requires_grad=False))
         report_ready(self.config, device)
 
     def apply(

@@ -23,6 +23,7 @@ __all__ = [
     "Segment",
     "install_segments",
     "make_segments",
+    "register_segments",
     "report_ready",
     "segment_weights",
     "segments_linear",
@@ -50,13 +51,6 @@ class Segment(NamedTuple):
     activation_bits: int
     names: tuple[tuple[str, str], ...]
 
-    def register(self, layer: torch.nn.Module, weights: dict[str, Tensor], prefix: str) -> "Segment":
-        """Make run-time weights parameters ``<prefix>_<name>`` of a vLLM layer; the segment that knows them."""
-        names = tuple((name, f"{prefix}_{name}") for name in weights)
-        for name, attribute in names:
-            layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
-        return self._replace(names=names)
-
 
 def install_segments(
     layer: torch.nn.Module,
@@ -75,7 +69,7 @@ def install_segments(
         read_share: of the weights, how much a decoding step of one request reads.
     """
     made = make_segments(parts, device, config, read_share=read_share)
-    segments = tuple(segment.register(layer, weights, f"segment{i}") for i, (segment, weights) in enumerate(made))
+    segments = register_segments(layer, made)
     report_ready(config, device)
     return segments
 
@@ -114,6 +108,19 @@ def make_segments(
             read_share=read_share,
         )
     return segments
+
+
+def register_segments(
+    layer: torch.nn.Module, made: Sequence[tuple[Segment, dict[str, Tensor]]], prefix: str = ""
+) -> tuple[Segment, ...]:
+    """Make run-time weights parameters ``<prefix>segment<i>_<name>`` of a vLLM layer; the segments then know them."""
+    segments = []
+    for index, (segment, weights) in enumerate(made):
+        names = tuple((name, f"{prefix}segment{index}_{name}") for name in weights)
+        for name, attribute in names:
+            layer.register_parameter(attribute, torch.nn.Parameter(weights[name], requires_grad=False))
+        segments.append(segment._replace(names=names))
+    return tuple(segments)
 
 
 def report_ready(config: "RequantConfig", device: torch.device) -> None:
