@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+import logging
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .servers import (
     ServerError,
@@ -20,7 +24,9 @@ from .servers import (
     wait_until_healthy,
 )
 
-__all__ = ["Contender", "LlamaCpp", "Vllm", "require_llama_cpp"]
+__all__ = ["Contender", "LlamaCpp", "Vllm", "require_llama_cpp", "running"]
+
+log = logging.getLogger(__name__)
 
 Prompts = Sequence[Sequence[int]]
 
@@ -75,6 +81,10 @@ class Vllm(Contender):
         threads: compute threads on a CPU, bound to as many cores from the first one on; None leaves it to vLLM.
         max_model_len, max_num_seqs: tokens of a request, and requests at a time.
         flags: further flags of the server.
+
+    Attributes:
+        address: URL of the server's root, once it runs.
+        process: the server; the engine and the workers are descendants. None while it does not run.
     """
 
     def __init__(
@@ -93,24 +103,24 @@ class Vllm(Contender):
         # every prompt is new, and must be computed even if it is not
         self.flags = ["--no-enable-prefix-caching", "--max-model-len", str(max_model_len)]
         self.flags += ["--max-num-seqs", str(max_num_seqs), *flags]
-        self._server: subprocess.Popen[bytes] | None = None
-        self._address = ""
+        self.process: subprocess.Popen[bytes] | None = None
+        self.address = ""
 
     def start(self) -> None:
         port = free_port()
         flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.name, *self.flags]
         bound = {} if self.threads is None else {"VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}"}
         command = server_command(str(self.folder), flags)
-        self._server = start_server(command, self.log, **server_environment(), **bound)
-        wait_until_healthy(self._server, port, self.log)
-        self._address = f"http://127.0.0.1:{port}/v1"
+        self.process = start_server(command, self.log, **server_environment(), **bound)
+        wait_until_healthy(self.process, port, self.log)
+        self.address = f"http://127.0.0.1:{port}"
         self.description = f"vLLM, {self.folder.name}"
 
     def generate(self, prompts: Prompts, new_tokens: int) -> list[list[float]]:
         from openai import APIError, AsyncOpenAI
 
         async def together() -> list[list[float]]:
-            client = AsyncOpenAI(base_url=self._address, api_key="none", max_retries=0, timeout=600)
+            client = AsyncOpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=600)
             async with client:
                 start = time.perf_counter()
                 return await asyncio.gather(*(self._stream(client, prompt, new_tokens, start) for prompt in prompts))
@@ -145,9 +155,9 @@ class Vllm(Contender):
         return came
 
     def stop(self) -> None:
-        if self._server is not None:
-            stop(self._server)
-            self._server = None
+        if self.process is not None:
+            stop(self.process)
+            self.process = None
 
 
 def require_llama_cpp(node_folder: Path) -> None:
@@ -229,3 +239,45 @@ class LlamaCpp(Contender):
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+AnyContender = TypeVar("AnyContender", bound=Contender)
+
+
+@contextmanager
+def running(
+    contenders: Sequence[AnyContender], try_out: Callable[[AnyContender], object] = lambda contender: None
+) -> Iterator[tuple[list[AnyContender], dict[str, str]]]:
+    """Start all, and stop all at the end, whatever ends it.
+
+    Args:
+        contenders: the first one must run; of the others those that cannot are reported and left out.
+        try_out: asked of each once it has started, so that what is compiled for the first requests is.
+
+    Yields:
+        Those that run, and for each other one, by name, why it does not.
+
+    Raises:
+        ServerError: the first one does not run.
+    """
+    ready: list[AnyContender] = []
+    left_out: dict[str, str] = {}
+    with ExitStack() as stack:
+        # servers run in sessions of their own: whoever ends this process by a signal would leave them behind
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        for contender in contenders:
+            stack.callback(contender.stop)
+            log.info("%s: starting", contender.name)
+            try:
+                contender.start()
+                try_out(contender)
+            except ServerError as error:
+                if contender is contenders[0]:
+                    raise
+                contender.stop()
+                log.warning("%s: left out, %s", contender.name, error)
+                left_out[contender.name] = str(error)
+            else:
+                ready.append(contender)
+        yield ready, left_out

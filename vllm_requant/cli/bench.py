@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..bench.servers import require_vllm
+from .options import named_model
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
@@ -56,7 +57,7 @@ def command(
         vocab_size = Checkpoint(checkpoint).model_config["vocab_size"]
         named: dict[str, Path] = {}
         for item in peer or ():
-            name, model = _named(item)
+            name, model = named_model(item)
             if name in named or name in (_OURS, *PEERS):
                 raise typer.BadParameter(f"--peer {item}: {name} is taken")
             if model.suffix == ".gguf":
@@ -90,13 +91,3 @@ def command(
             print_json({"threads": threads, "load": vars(load), "vllm_arguments": context.args, "results": results})
         else:
             typer.echo(table(results))
-
-
-def _named(item: str) -> tuple[str, Path]:
-    name, separator, model = item.partition("=")
-    # a name becomes that of a log file
-    if not separator or not name or not model or "/" in name:
-        raise typer.BadParameter(f"--peer {item}: write NAME=MODEL")
-    if not Path(model).exists():
-        raise FileNotFoundError(f"--peer {item}: {model} does not exist")
-    return name, Path(model)

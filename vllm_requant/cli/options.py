@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -7,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "LowMemory", "find_device"]
+__all__ = ["Device", "LowMemory", "find_device", "named_model"]
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 LowMemory = Annotated[
@@ -38,3 +39,19 @@ def find_device(name: str) -> "torch.device":
     if (device.index or 0) >= present:
         raise RecipeError(f"--device {name}: PyTorch sees {present} GPUs here; use --device cpu, or a build with CUDA")
     return device
+
+
+def named_model(item: str) -> tuple[str, Path]:
+    """Parse the ``NAME=MODEL`` of ``--peer``.
+
+    Raises:
+        BadParameter: it is not of that form.
+        FileNotFoundError: there is no such model.
+    """
+    name, separator, model = item.partition("=")
+    # a name becomes that of a log file
+    if not separator or not name or not model or "/" in name:
+        raise typer.BadParameter(f"--peer {item}: write NAME=MODEL")
+    if not Path(model).exists():
+        raise FileNotFoundError(f"--peer {item}: {model} does not exist")
+    return name, Path(model)
