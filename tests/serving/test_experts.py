@@ -115,6 +115,17 @@ def test_ranks_add_up(fmt: dict[str, Any], ranks: int, by_experts: bool) -> None
     assert all(part.abs().max() > 0 for part in parts[:2]), "every rank but that of the idle expert has its part"
 
 
+def test_a_residual_of_one_expert_alone() -> None:
+    """vLLM offers its tensors to every rank."""
+    layers = stored(FORMATS["uniform4"])
+    layers |= {f"{PREFIX}.1.down_proj": random_layer(HIDDEN, INTERMEDIATE, **FORMATS["uniform4"] | {"density": 0.02})}
+    parts = [
+        outputs(load(build(quant_config(layers), parallel(4, rank, experts=True)), layers), *routed())
+        for rank in range(4)
+    ]
+    assert_close(torch.stack(parts).sum(0), expected(layers, *routed()))
+
+
 def test_matrices_of_different_formats() -> None:
     """A search for a size gives every matrix bits of its own."""
     layers = stored(FORMATS["lut4-sparse"], up_proj=FORMATS["lut3"], down_proj=FORMATS["uniform3-sparse"])

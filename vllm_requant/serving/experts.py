@@ -138,10 +138,20 @@ class RequantExpertsMethod(FusedMoEMethodBase):
             else:
                 first.setdefault(local, []).append(StoredModule(name, spec, ids, [part]))
                 require_row_borders(first[local][-1])
-        dummy = self.config.dummy
+        specs = [(shard, spec) for (_, shard), (_, spec) in self.modules.items()]
         self._stashes = (
-            ExpertStash([m for local in range(num_experts) for m in first[local]], dummy=dummy, prefix="w13_"),
-            ExpertStash([second[local] for local in range(num_experts)], dummy=dummy, prefix="w2_"),
+            ExpertStash(
+                [module for local in range(num_experts) for module in first[local]],
+                dummy=self.config.dummy,
+                prefix="w13_",
+                others=[spec for shard, spec in specs if shard != "w2"],
+            ),
+            ExpertStash(
+                [second[local] for local in range(num_experts)],
+                dummy=self.config.dummy,
+                prefix="w2_",
+                others=[spec for shard, spec in specs if shard == "w2"],
+            ),
         )
         for stash in self._stashes:
             stash.attach(layer)

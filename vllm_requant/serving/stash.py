@@ -87,22 +87,32 @@ class WeightStash:
         modules: the stored modules that make up the layer, in the order of their output features.
         dummy: vLLM runs with ``--load-format dummy``, so no tensor will come.
         prefix: what vLLM puts in front of the suffixes of this layer's tensors.
+        others: modules that go to other ranks, but whose tensors vLLM offers to this one, too.
     """
 
-    def __init__(self, modules: Sequence[StoredModule], *, dummy: bool, prefix: str = "") -> None:
+    def __init__(
+        self,
+        modules: Sequence[StoredModule],
+        *,
+        dummy: bool,
+        prefix: str = "",
+        others: Sequence[LayerSpec] = (),
+    ) -> None:
         self.modules = list(modules)
         self.dummy = dummy
-        self.prefix = prefix
+        self._dtypes = {
+            prefix + suffix: dtype
+            for spec in (*(module.spec for module in modules), *others)
+            for suffix, (dtype, _) in spec.tensors().items()
+        }
+        self._prefix = prefix
 
     def attach(self, layer: torch.nn.Module) -> None:
         """Register one zero-size parameter per stored tensor, under the suffix that it has on disk."""
-        for module in self.modules:
-            for suffix, (dtype, _) in module.spec.tensors().items():
-                name = self.prefix + suffix
-                if name not in layer._parameters:
-                    param = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-                    param.weight_loader = self.loader(suffix)  # type: ignore[attr-defined]
-                    layer.register_parameter(name, param)
+        for name, dtype in self._dtypes.items():
+            param = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            param.weight_loader = self.loader(name.removeprefix(self._prefix))  # type: ignore[attr-defined]
+            layer.register_parameter(name, param)
 
     def loader(self, suffix: str) -> Callable[..., object]:
         """The ``weight_loader`` of the parameter of a suffix, as this kind of layer calls it."""
@@ -133,8 +143,7 @@ class WeightStash:
         """
         with torch.device("cpu"):
             parts = [part for module in self.modules for part in module.take(dummy=self.dummy)]
-        suffixes = {suffix for module in self.modules for suffix in module.spec.tensors()}
-        device = getattr(layer, f"{self.prefix}qweight").device  # a tensor that every kind has
-        for suffix in suffixes:
-            delattr(layer, self.prefix + suffix)
+        device = getattr(layer, f"{self._prefix}qweight").device  # a tensor that every kind has
+        for name in self._dtypes:
+            delattr(layer, name)
         return parts, device
