@@ -22,6 +22,16 @@ def test_the_folder_is_a_model_of_that_shape(tmp_path: Path, monkeypatch: pytest
         random_model.write(folder, "small", str(source))
 
 
+def test_a_part_of_a_mixture_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"vocab_size": 400, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "head_dim": 16}
+    monkeypatch.setitem(random_model.SHAPES, "small", random_model.SHAPES["qwen3-30b-a3b"] | small)
+    source = tiny.save(tmp_path / "source")
+    random_model.write(tmp_path / "model", "small", str(source), layers=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert len(model.model.layers) == 2
+    assert tuple(model.model.layers[1].mlp.experts.down_proj.shape) == (4, 64, 32)
+
+
 def test_a_missing_tokenizer_is_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"none\.gguf"):
         random_model.write(tmp_path / "model", "llama-3.2-1b", str(tmp_path / "none.gguf"))
