@@ -246,6 +246,22 @@ def test_bench_names_what_is_wrong_before_a_server_starts(checkpoint: Path, tmp_
     assert "no config.json" in one_line(requant("bench", tmp_path, status=1))
 
 
+def test_load_and_soak_name_what_is_wrong_before_a_server_starts(
+    checkpoint: Path, source: Path, tmp_path: Path
+) -> None:
+    assert "write NAME=MODEL" in requant("load", checkpoint, "--peer", "x", status=2).stderr
+    assert "is taken" in requant("load", checkpoint, "--peer", f"ReQuant={source}", status=2).stderr
+    (tmp_path / "y.gguf").touch()
+    assert "GGUF" in requant("load", checkpoint, "--peer", f"x={tmp_path / 'y.gguf'}", status=2).stderr
+    for wrong in ("1,two", "0,1"):
+        assert "different" in requant("load", checkpoint, "--concurrency", wrong, status=2).stderr
+    assert "requant convert" in one_line(requant("load", source, status=1))
+    assert "--reference" in requant("soak", checkpoint, status=2).stderr
+    gone = ("--reference", tmp_path / "gone")
+    assert "does not exist" in one_line(requant("soak", checkpoint, *gone, status=1))
+    assert "requant convert" in one_line(requant("soak", source, "--reference", source, status=1))
+
+
 def test_a_server_that_does_not_come_up_is_no_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +302,7 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_help_names_every_command() -> None:
     out = requant("--help").stdout
-    for name in ("convert", "inspect", "eval", "sweep", "serve", "bench"):
+    for name in ("convert", "inspect", "eval", "sweep", "serve", "bench", "load", "soak"):
         assert name in out
 
 

@@ -1,4 +1,4 @@
-"""``requant``: convert, inspect, eval, sweep, serve, bench. One file a command.
+"""``requant``: convert, inspect, eval, sweep, serve, bench, load, soak. One file a command.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 good, 1 failed, 2 wrong usage.
 """
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, convert, evaluate, inspect, serve, sweep
+from . import bench, convert, evaluate, inspect, load, serve, soak, sweep
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,8 @@ app.command("sweep")(sweep.command)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("serve", context_settings=_PASS_ON)(serve.command)
 app.command("bench", context_settings=_PASS_ON)(bench.command)
+app.command("load", context_settings=_PASS_ON)(load.command)
+app.command("soak", context_settings=_PASS_ON)(soak.command)
 
 
 def _print_version(wanted: bool) -> None:
