@@ -178,8 +178,8 @@ def test_dead_servers_growing_ones_and_leftovers_fail() -> None:
     assert problem.startswith("ours: memory grew from 1049.9 MiB in the middle of the run to 1094.9 MiB")
     assert "vllm:num_requests_running 2" in problems(record(FINE, gauges=STILL | {"vllm:num_requests_running": 2}))[0]
     assert "kv_cache_usage_perc ?" in problems(record(FINE, gauges={}))[0]
-    assert "generated 90% of an answer" in problems(record(FINE, abandoned_share=0.9))[0]
-    assert "unknown share" in problems(record(FINE, abandoned_share=None))[0]
+    assert "generated 90% of an answer whose client had left" in problems(record(FINE, abandoned_share=0.9))[0]
+    assert problems(record(FINE, abandoned_share=0.9), record(FINE, abandoned_share=1.0)) == []
     assert "too few samples" in problems(record(FINE, memory=[]))[0]
 
 
@@ -353,7 +353,7 @@ def test_a_server_that_goes_on_for_a_client_that_left_is_seen() -> None:
     assert records["ours"].abandoned_share == 1
     assert 0.01 <= (records["theirs"].abandoned_share or 0) < 0.3
     found = [problem for problem in judge(records, "ours", "theirs") if "whose client had left" in problem]
-    assert found == ["ours: generated 100% of an answer whose client had left at its beginning"]
+    assert len(found) == 1 and found[0].startswith("ours: generated 100%")
 
 
 def test_a_server_that_ends_ends_the_run() -> None:

@@ -5,6 +5,7 @@ got the same requests at any time, and what differs in their answers is not the 
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -116,7 +117,7 @@ async def drive(
 ) -> dict[str, Record]:
     """Send the same requests to all targets, sample their memory, then wait until nothing is left in them.
 
-    It ends early if a target's process does.
+    It ends early if a target's process does, or if all streams do.
 
     Args:
         streams: of requests, one a client; those of a client go out one after the other.
@@ -131,7 +132,7 @@ async def drive(
     start = time.monotonic()
     over = asyncio.Event()
 
-    async def client(session: aiohttp.ClientSession, requests: Iterator[Request]) -> None:
+    async def client(requests: Iterator[Request]) -> None:
         for request in requests:
             if over.is_set():
                 return
@@ -139,10 +140,14 @@ async def drive(
             for target, (outcome, example) in zip(targets, answers, strict=True):
                 records[target.name].count(request.kind, outcome, example)
 
+    async def clients() -> None:
+        await asyncio.gather(*(client(requests) for requests in streams))
+        over.set()
+
     async def watch() -> None:
         every = min(max(seconds / 100, 0.2), 5.0)
         told = 0.0
-        while (now := time.monotonic() - start) < seconds:
+        while (now := time.monotonic() - start) < seconds and not over.is_set():
             for target in targets:
                 records[target.name].memory.append((now, anonymous_bytes(target.pid)))
             if any(target.status() is not None for target in targets):
@@ -151,13 +156,14 @@ async def drive(
                 told = now
                 done = sum(record.total() for record in records[targets[0].name].outcomes.values())
                 log.info("%.0f of %.0f minutes, %d requests each", now / 60, seconds / 60, done)
-            await asyncio.sleep(min(every, max(seconds - now, 0)))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), min(every, max(seconds - now, 0)))
         over.set()
 
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
     timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        await asyncio.gather(watch(), *(client(session, requests) for requests in streams))
+        await asyncio.gather(watch(), clients())
         ends = (_finish(session, target, records[target.name], long_answer, drain_seconds) for target in targets)
         await asyncio.gather(*ends)
     return records
@@ -331,7 +337,9 @@ def judge(records: Mapping[str, Record], ours: str, reference: str) -> list[str]
     * Ours gave a kind of request an outcome that the reference never gave it: a 5xx, a reset, or any other. A client
       that goes away may be too late on either, so with those kinds a complete answer is no difference.
     * Memory of either grows (see :func:`memory_growth`).
-    * Either has requests or blocks of the cache left after the traffic, or goes on with one that was abandoned.
+    * Either has requests or blocks of the cache left after the traffic.
+    * Ours goes on with an answer whose client has left, and the reference does not. vLLM learns that a client has left
+      when it waits for its engine, so that neither stops where a model is faster than what sends its tokens.
     """
     problems = [
         f"{name}: the server ended with status {record.exit_status}"
@@ -358,10 +366,9 @@ def judge(records: Mapping[str, Record], ours: str, reference: str) -> list[str]
         left = [f"{gauge} {value:g}" for gauge, value in record.gauges.items() if value]
         if record.exit_status is None and (missing or left):
             problems.append(f"{name}: left after the traffic: {', '.join(left + [f'{gauge} ?' for gauge in missing])}")
-        share = record.abandoned_share
-        if record.exit_status is None and (share is None or share > 0.5):
-            made = "an unknown share" if share is None else f"{share:.0%}"
-            problems.append(f"{name}: generated {made} of an answer whose client had left at its beginning")
+    share, theirs = records[ours].abandoned_share, records[reference].abandoned_share
+    if share is not None and theirs is not None and theirs <= 0.5 < share:
+        problems.append(f"{ours}: generated {share:.0%} of an answer whose client had left, {reference} {theirs:.0%}")
     return problems
 
 

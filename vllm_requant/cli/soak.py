@@ -14,9 +14,9 @@ __all__ = ["command"]
 
 _OURS, _REFERENCE = "ReQuant", "reference"
 _MAX_MODEL_LEN = 1024
-# a small cache: all of it is used within minutes, after which it adds nothing to memory, and requests have to wait
+# a small cache: all of it is used within a minute, after which it adds nothing to memory, and requests have to wait
 # and are preempted. Prefix caching is vLLM's default; only contenders for speed go without.
-_FLAGS = ("--enable-prefix-caching", "--num-gpu-blocks-override", "72")
+_FLAGS = ("--enable-prefix-caching", "--block-size", "64", "--num-gpu-blocks-override", "48")
 _MODEL = "soak"  # the name on both servers, so that both get the very same bytes
 
 
