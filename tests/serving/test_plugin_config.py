@@ -74,6 +74,7 @@ def started_with(monkeypatch, additional_config) -> None:
         additional_config=additional_config,
         load_config=SimpleNamespace(load_format="auto"),
         device_config=SimpleNamespace(device_type="cpu"),
+        lora_config=None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
     )
     monkeypatch.setattr("vllm_requant.serving.config.get_current_vllm_config_or_none", lambda: engine)

@@ -39,6 +39,7 @@ class RequantConfig(QuantizationConfig):
         checkpoint: the entry of ``config.json`` as it stands.
         layers: its layers under vLLM's module names (see :meth:`apply_vllm_mapper`).
         dummy: vLLM runs with ``--load-format dummy``.
+        adapters: vLLM serves LoRA adapters on top of the layers.
         activation_bits: see :func:`vllm_requant.kernels.linear`. ``--additional-config.requant.activation_bits 8``
             sets it: vLLM's own place for what belongs to a plugin, and part of what its compile cache goes by.
     """
@@ -49,6 +50,7 @@ class RequantConfig(QuantizationConfig):
         self.layers: dict[str, LayerSpec] = dict(checkpoint.layers)
         self.dummy = False
         self.activation_bits = 16
+        self.adapters = False
         self.loading = Loading()
         self._claimed: set[str] = set()
         self._pipeline_parallel = False
@@ -116,7 +118,7 @@ class RequantConfig(QuantizationConfig):
             return RequantLinearMethod(self, modules) if modules else UnquantizedLinearMethod()
         if isinstance(layer, ParallelLMHead):
             # with tied embeddings the head's fate is known only when the model ties it
-            return self._embedding_method(prefix) or TieableHeadMethod()
+            return self._embedding_method(prefix) or TieableHeadMethod(self)
         if isinstance(layer, VocabParallelEmbedding):
             return self._embedding_method(prefix or self._nameless_embedding(layer))
         if isinstance(layer, RoutedExperts):
@@ -147,6 +149,7 @@ class RequantConfig(QuantizationConfig):
             self.activation_bits = _activation_bits(engine.additional_config)
             _join_compile_key(engine)
             self.dummy = engine.load_config.load_format == "dummy"
+            self.adapters = engine.lora_config is not None
             self._pipeline_parallel = engine.parallel_config.pipeline_parallel_size > 1
 
     def _stored_modules(self, prefix: str) -> dict[str, LayerSpec]:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from .. import kernels
 from ..format import LayerSpec
 from ..format.rows import zero_layer
-from .segments import Segment, install_segments, segment_weights, segments_linear
+from .segments import Segment, install_segments, segment_weights, segments_linear, stand_in_weight
 from .stash import StoredModule, WeightStash
 
 if TYPE_CHECKING:
@@ -125,14 +125,23 @@ class TieableHeadMethod(UnquantizedEmbeddingMethod):
 
     vLLM ties after it built the head, so the ordinary weight is allocated first and dropped then, as it is in
     any tied model.
+
+    Args:
+        config: the checkpoint's quantization config in vLLM.
     """
+
+    def __init__(self, config: "RequantConfig") -> None:
+        self.config = config
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: VocabParallelEmbedding) -> torch.nn.Module:
         """Share the weights of ``embed_tokens``, quantized or not; returns the head."""
         if not isinstance(embed_tokens.quant_method, RequantEmbeddingMethod):
             return super().tie_weights(layer, embed_tokens)
         embed_tokens.quant_method.serves_head = True
+        device: Any = layer.weight.device
         del layer.weight
+        if self.config.adapters:
+            stand_in_weight(layer, device)
         layer.quant_method = TiedHeadMethod(embed_tokens)
         return layer
 

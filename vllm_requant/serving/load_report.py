@@ -144,7 +144,8 @@ def _place() -> tuple[int, int]:
     from vllm.distributed import parallel_state
 
     config = get_current_vllm_config_or_none()
-    engine = config.parallel_config.data_parallel_rank if config else 0
+    # not the rank, which vLLM sets to 0 in engines that need not know of each other
+    engine = config.parallel_config.data_parallel_index if config else 0
     if not parallel_state.model_parallel_is_initialized():
         return 0, engine
     tensor, pipeline = parallel_state.get_tp_group(), parallel_state.get_pp_group()

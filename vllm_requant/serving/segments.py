@@ -6,7 +6,7 @@ A fused layer is one *segment*, one kernel call, while its parts share a format;
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "report_ready",
     "segment_weights",
     "segments_linear",
+    "stand_in_weight",
 ]
 
 # a name below vllm's, so that vLLM's handlers and VLLM_LOGGING_LEVEL apply to it
@@ -70,8 +71,19 @@ def install_segments(
     """
     made = make_segments(parts, device, config, read_share=read_share)
     segments = register_segments(layer, made)
+    if config.adapters:
+        stand_in_weight(layer, device)
     report_ready(config, device)
     return segments
+
+
+def stand_in_weight(layer: torch.nn.Module, device: torch.device) -> None:
+    """Give a layer an empty ``weight``: vLLM's LoRA layers read from it where, and as what, the layer computes.
+
+    No parameter, so that nothing loads, ties or counts it.
+    """
+    dtype: Any = layer.params_dtype
+    layer.weight = torch.empty(0, dtype=dtype, device=device)
 
 
 def make_segments(
