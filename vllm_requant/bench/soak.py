@@ -309,7 +309,8 @@ def memory_growth(memory: Sequence[tuple[float, int]]) -> Growth | None:
 
     The median of the last tenth of the time is compared to that of the tenth around the middle: what is allocated
     with the first requests of a kind, compiled code, caches that fill once, is there by then, and a single sample
-    counts for nothing. More than 2 % of the middle and more than 20 MiB is growth.
+    counts for nothing. More than 2 % of the middle and more than 20 MiB is growth. A worker also keeps memory for every
+    size of batch and prompt that it meets for the first time, tens of MiB in all, so a run of a few minutes fails.
 
     Args:
         memory: seconds and bytes, by time.

@@ -26,7 +26,9 @@ def command(
     reference: Annotated[
         Path, typer.Option(metavar="MODEL", help="A folder that vLLM serves without us, the original say.")
     ],
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long requests are sent.")] = 30,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="How long requests are sent; few show growth that would end.")
+    ] = 30,
     seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
     clients: Annotated[int, typer.Option(min=1, help="That ask at the same time.")] = 6,
     work: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the servers' logs there.")] = None,
