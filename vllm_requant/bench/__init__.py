@@ -1,1 +1,1 @@
-"""How fast a checkpoint is served, beside its peers on the same machine: what ``requant bench`` runs."""
+"""How fast and how reliably a checkpoint is served beside others: what `requant bench`, `load` and `soak` run."""

@@ -1,16 +1,12 @@
 """Contenders side by side on one machine: all loaded, asked in turn, medians."""
 
 import logging
-import signal
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
-from .contenders import Contender
+from .contenders import Contender, running
 from .measure import FIGURES, Load, Rates, measure_round
-from .servers import ServerError
 
 __all__ = ["compare", "table"]
 
@@ -35,41 +31,27 @@ def compare(contenders: Sequence[Contender], load: Load, rounds: int) -> list[di
     Raises:
         ServerError: the first contender does not run, or one that ran went away.
     """
-    results: list[dict[str, Any]] = []
-    running: dict[str, tuple[Contender, Rates]] = {}
-    with ExitStack() as stack:
-        # servers run in sessions of their own: whoever ends this process by a signal would leave them behind
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        stack.callback(signal.signal, signal.SIGTERM, before)
-        for contender in contenders:
-            stack.callback(contender.stop)
-            log.info("%s: starting", contender.name)
-            try:
-                contender.start()
-                measure_round(contender, load, rounds, Rates())
-            except ServerError as error:
-                if contender is contenders[0]:
-                    raise
-                contender.stop()
-                log.warning("%s: left out, %s", contender.name, error)
-                results.append({"name": contender.name, "error": str(error)})
-            else:
-                running[contender.name] = contender, Rates()
+
+    def try_out(contender: Contender) -> None:
+        measure_round(contender, load, rounds, Rates())
+
+    with running(contenders, try_out) as (ready, left_out):
+        timed = [(contender, Rates()) for contender in ready]
         for number in range(rounds):
-            for contender, rates in running.values():
+            for contender, rates in timed:
                 time.sleep(REST_SECONDS)
                 measure_round(contender, load, number, rates)
             log.info("round %d of %d done", number + 1, rounds)
     measured = [
         {
-            "name": name,
+            "name": contender.name,
             "description": contender.description,
             "rounds": rates.rounds,
             "median": {figure: rates.median(figure) for figure in FIGURES},
         }
-        for name, (contender, rates) in running.items()
+        for contender, rates in timed
     ]
-    return measured + results
+    return measured + [{"name": name, "error": error} for name, error in left_out.items()]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
