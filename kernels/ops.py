@@ -22,6 +22,9 @@ __all__ = ["add_sparse_", "dequantize", "planes_for"]
 
 PANEL_BYTES = 4 << 20
 """Size of a dequantized panel: it should stay in the cache between being written and being multiplied."""
+ROW_STEP, ROW_BLOCK = 16, 512
+"""Rows of bfloat16 products are a multiple of the one, at most the other: oneDNN generates code for every number
+of rows that it meets, and keeps it: prompts of all lengths would take the better part of a gigabyte."""
 
 _SPARSE = "Tensor sparse_indptr, Tensor sparse_indices, Tensor sparse_values"
 _SCHEMAS = {
@@ -87,29 +90,46 @@ def _panel(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def _linear_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    dtype = _panel_dtype(x)
-    wide, in_features = x.to(dtype), x.shape[1]
+    dtype, in_features = _panel_dtype(x), x.shape[1]
+    wide = _padded(x, dtype)
     panel = max(64, PANEL_BYTES // (in_features * dtype.itemsize) // 64 * 64)
     buffer = _panel(min(panel, out_features) * in_features, dtype).view(-1, in_features)
-    y = torch.empty(x.shape[0], out_features, dtype=dtype)
+    y = torch.empty(len(wide), out_features, dtype=dtype)
     for first in range(0, out_features, panel):
         rows = cpu.dequantize(packed, buffer[: out_features - first], first=first)
-        torch.mm(wide, rows.t(), out=y[:, first : first + panel])
-    return y.to(x.dtype)
+        _multiply(wide, rows.t(), y[:, first : first + panel])
+    return y[: len(x)].to(x.dtype)
 
 
 def _trellis_by_panels(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     dtype = _panel_dtype(x)
     wide, columns = x.float(), x.shape[1]
-    rotated = cpu.trellis_rotate(wide.clone(), packed).to(dtype)
+    rotated = _padded(cpu.trellis_rotate(wide.clone(), packed), dtype)
     panel = max(128, PANEL_BYTES // (columns * dtype.itemsize) // 128 * 128)
     buffer = _panel(columns * min(panel, out_features), dtype)
-    y = torch.empty(x.shape[0], out_features)
+    y = torch.empty(len(rotated), out_features, dtype=dtype)
     for first in range(0, out_features, panel):
         count = min(panel, out_features - first)
         part = cpu.trellis_dequantize(packed, buffer[: columns * count].view(columns, count), first)
-        y[:, first : first + count] = rotated @ part
-    return cpu.trellis_rotate_back(y, wide, packed).to(x.dtype)
+        _multiply(rotated, part, y[:, first : first + count])
+    return cpu.trellis_rotate_back(y[: len(x)].float(), wide, packed).to(x.dtype)
+
+
+def _padded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in the type of panels, with rows of zeros up to a multiple of :data:`ROW_STEP` if that is bfloat16."""
+    count = -(-len(x) // ROW_STEP) * ROW_STEP if dtype == torch.bfloat16 else len(x)
+    if count == len(x):
+        return x.to(dtype)
+    wide = torch.empty(count, x.shape[1], dtype=dtype)
+    wide[: len(x)] = x
+    wide[len(x) :] = 0
+    return wide
+
+
+def _multiply(x: Tensor, panel: Tensor, y: Tensor) -> None:
+    """``y = x · panel``, at most :data:`ROW_BLOCK` rows at a time."""
+    for first in range(0, len(x), ROW_BLOCK):
+        torch.mm(x[first : first + ROW_BLOCK], panel, out=y[first : first + ROW_BLOCK])
 
 
 def _packed_embedding(ids: Tensor, packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -153,6 +153,29 @@ def test_schema_and_fake_implementation(make_layer: Callable, kind: str, group_s
     torch.library.opcheck(rows, (torch.tensor([[1, 2]]), packed, 96, torch.float16), test_utils=checks)
 
 
+def test_few_numbers_of_rows_reach_torch(make_layer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch multiplies bfloat16 it generates code for every number of rows, and keeps it."""
+    layer = make_layer("uniform", 4, 64, 128, 192, density=0.01)
+    packed = layer.repack()["packed"]
+    multiply, seen = torch.mm, set()
+
+    def counting(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        seen.add(len(x))
+        result: torch.Tensor = multiply(x, weight, out=out)
+        return result
+
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(torch, "mm", counting)
+    generator = torch.Generator().manual_seed(0)
+    for batch in (49, 57, 64, 130, 511, 600, 1100):
+        x = torch.randn(batch, 192, generator=generator).bfloat16()
+        expected = x.double() @ layer.weight().double().T
+        y = torch.ops.requant.packed_linear_any(x, packed, 128, 2)
+        assert y.shape == (batch, 128)
+        assert (y.double() - expected).abs().max() <= 0.02 * expected.abs().max()
+    assert seen == {64, 144, 512, 96, 80}
+
+
 @pytest.mark.parametrize("content", [None, b"not a shared object"])
 def test_missing_or_broken_native_code_says_how_to_build_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
