@@ -186,7 +186,14 @@ def test_an_interrupted_run_says_so_in_its_metrics_file(source: Path, tmp_path: 
     file = tmp_path / "run.prom"
     command = [sys.executable, "-m", "vllm_requant.cli", "convert", source, "-o", tmp_path / "out"]
     command += ["--metrics-file", file, "--num-samples", "64", "--seq-len", "2048"]  # minutes
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+
+    def listen() -> None:
+        # a shell lets what it runs in the background ignore interrupts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen
+    ) as running:
         deadline = time.monotonic() + 120
         while not (file.exists() and "requant_convert_stage_running{" in file.read_text()):
             assert time.monotonic() < deadline
