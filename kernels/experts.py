@@ -39,17 +39,17 @@ def join(experts: Sequence[tuple[Sequence[Tensor], Tensor]]) -> dict[str, Tensor
         ``packed``: uint8; ``pieces``: int64 ``[experts, 3, 2]``, where in it gate, up and down begin and how many bytes
         they have; up has none where it is stacked on gate.
     """
+    placed: list[tuple[int, Tensor]] = []
     pieces = torch.zeros(len(experts), 3, 2, dtype=torch.int64)
     end = 0
     for number, (first, down) in enumerate(experts):
         for place, weight in [*enumerate(first), (2, down)]:
             pieces[number, place] = torch.tensor([end, weight.numel()])
+            placed.append((end, weight))
             end += -(-weight.numel() // memory.ALIGNMENT) * memory.ALIGNMENT
     packed = memory.empty(end)
-    for number, (first, down) in enumerate(experts):
-        for place, weight in [*enumerate(first), (2, down)]:
-            begin, nbytes = pieces[number, place].tolist()
-            packed[begin : begin + nbytes] = weight
+    for begin, weight in placed:
+        packed[begin : begin + weight.numel()] = weight
     return {"packed": packed, "pieces": pieces}
 
 

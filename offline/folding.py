@@ -48,9 +48,16 @@ _ATTENTION = Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "s
 _VALUE = Pair("self_attn.v_proj", ("self_attn.o_proj",), "value")
 _UP = Pair("mlp.up_proj", ("mlp.down_proj",))
 _LLAMA = (_ATTENTION, _VALUE, Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")), _UP)
-_GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
-_EXPERT_UP = Pair("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",))
 _GEMMA = (_ATTENTION, _VALUE, Pair("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")), _UP)
+
+
+def _mixture(model_type: str, *shared: str) -> tuple[Pair, ...]:
+    """Of blocks with experts, of which ``shared`` ones see every token."""
+    known = MIXTURES[model_type]
+    gate, up, down = (f"mlp.experts.*.{name}" for name in (known.gate, known.up, known.down))
+    norm = Pair("post_attention_layernorm", (gate, up, *shared), routers=known.routers)
+    return (_ATTENTION, _VALUE, norm, Pair(up, (down,)))
+
 
 PAIRS: dict[str, tuple[Pair, ...]] = {
     "llama": _LLAMA,
@@ -66,24 +73,12 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
         Pair("post_attention_layernorm", ("mlp.gate_up_proj",)),
         Pair("mlp.gate_up_proj", ("mlp.down_proj",), "up"),
     ),
-    "mixtral": (
-        _ATTENTION,
-        _VALUE,
-        Pair("post_attention_layernorm", ("mlp.experts.*.w1", "mlp.experts.*.w3"), routers=("mlp.gate",)),
-        Pair("mlp.experts.*.w3", ("mlp.experts.*.w2",)),
-    ),
+    "mixtral": _mixture("mixtral"),
     "qwen2_moe": (
-        _ATTENTION,
-        _VALUE,
-        Pair(
-            "post_attention_layernorm",
-            (*_GATE_UP, "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-            routers=("mlp.gate", "mlp.shared_expert_gate"),
-        ),
-        _EXPERT_UP,
+        *_mixture("qwen2_moe", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
         Pair("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
     ),
-    "qwen3_moe": (_ATTENTION, _VALUE, Pair("post_attention_layernorm", _GATE_UP, routers=("mlp.gate",)), _EXPERT_UP),
+    "qwen3_moe": _mixture("qwen3_moe"),
 }
 """By ``model_type``; blocks of a mixture of experts that have none are Llama's."""
 

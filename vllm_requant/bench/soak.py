@@ -22,7 +22,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from .contenders import Vllm
 from .traffic import ABANDONED, KINDS, Request
 
-__all__ = ["Growth", "Record", "Target", "anonymous_bytes", "drive", "judge", "memory_growth", "soak", "table"]
+__all__ = [
+    "Growth",
+    "Record",
+    "Target",
+    "anonymous_bytes",
+    "drive",
+    "judge",
+    "memory_growth",
+    "own_anonymous_bytes",
+    "soak",
+    "table",
+]
 
 log = logging.getLogger(__name__)
 
@@ -276,10 +287,11 @@ def anonymous_bytes(pid: int) -> int:
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
-    return sum(_anonymous(process.pid) for process in processes)
+    return sum(own_anonymous_bytes(process.pid) for process in processes)
 
 
-def _anonymous(pid: int) -> int:
+def own_anonymous_bytes(pid: int) -> int:
+    """Resident memory of a process, mapped files apart; one that is gone has none."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

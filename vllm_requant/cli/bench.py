@@ -2,15 +2,14 @@
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..bench.servers import require_vllm
-from .options import named_model
-from .output import command_errors, print_json, set_up_logging
+from .options import named_models
+from .output import command_errors, print_json, set_up_logging, work_folder
 
 __all__ = ["command"]
 
@@ -55,32 +54,25 @@ def command(
         from ..format.reader import Checkpoint
 
         vocab_size = Checkpoint(checkpoint).model_config["vocab_size"]
-        named: dict[str, Path] = {}
-        for item in peer or ():
-            name, model = named_model(item)
-            if name in named or name in (_OURS, *PEERS):
-                raise typer.BadParameter(f"--peer {item}: {name} is taken")
-            if model.suffix == ".gguf":
-                require_llama_cpp(node_folder)
-            named[name] = model
+        named = named_models(peer, (_OURS, *PEERS))
+        if any(model.suffix == ".gguf" for model in named.values()):
+            require_llama_cpp(node_folder)
         load = Load(vocab_size, prompt_tokens, new_tokens, requests)
         limits: dict[str, Any] = {"max_model_len": load.max_model_len, "max_num_seqs": load.requests}
-        with tempfile.TemporaryDirectory(prefix="requant-bench-") as temporary:
-            work = work or Path(temporary)
-            work.mkdir(parents=True, exist_ok=True)
+        with work_folder(work) as folder:
             models = {_OURS: checkpoint}
             left_out: list[dict[str, Any]] = []
             for name, write in PEERS.items() if peers else ():
-                folder = work / name.lower()
-                folder.mkdir(exist_ok=True)
+                written = folder / name.lower()
+                written.mkdir(exist_ok=True)
                 try:
-                    models[name] = write(checkpoint, folder)
+                    models[name] = write(checkpoint, written)
                 except ValueError as error:
                     log.warning("%s: left out, %s", name, error)
                     left_out.append({"name": name, "error": str(error)})
             contenders: list[Contender] = []
             for name, model in (models | named).items():
-                server_log = work / f"{name}.log"
+                server_log = folder / f"{name}.log"
                 if model.suffix == ".gguf":
                     count = threads or os.cpu_count() or 1
                     contenders.append(LlamaCpp(name, model, server_log, node_folder, threads=count, **limits))

@@ -2,15 +2,14 @@
 
 import importlib.metadata
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..bench.servers import require_vllm
-from .options import named_model
-from .output import command_errors, print_json, set_up_logging
+from .options import named_models
+from .output import command_errors, prepare_results, print_json, set_up_logging, work_folder
 
 __all__ = ["command"]
 
@@ -46,38 +45,31 @@ def command(
         require_vllm()
         from ..bench.contenders import Vllm
         from ..bench.load import Traffic, compare_load, table
-        from ..bench.plots import plot_load, require_matplotlib
+        from ..bench.plots import plot_load
         from ..format.reader import Checkpoint
 
         Checkpoint(checkpoint)
-        models = {_OURS: checkpoint}
-        for item in peer or ():
-            name, model = named_model(item)
-            if name in models:
-                raise typer.BadParameter(f"--peer {item}: {name} is taken")
+        peers = named_models(peer, (_OURS,))
+        for name, model in peers.items():
             if model.suffix == ".gguf":
-                raise typer.BadParameter(f"--peer {item}: only folders that vLLM loads; it has no server for GGUF here")
-            models[name] = model
+                reason = "only folders that vLLM loads; it has no server for GGUF here"
+                raise typer.BadParameter(f"--peer {name}={model}: {reason}")
         traffic = Traffic(_counts(concurrency), input_len, output_len, requests_per_client)
-        if output is not None:
-            require_matplotlib()
-            output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="requant-load-") as temporary:
-            work = work or Path(temporary)
-            work.mkdir(parents=True, exist_ok=True)
+        prepare_results(output)
+        with work_folder(work) as folder:
             servers = [
                 Vllm(
                     name,
                     model,
-                    work / f"{name}.log",
+                    folder / f"{name}.log",
                     threads=threads,
                     max_model_len=traffic.max_model_len,
                     max_num_seqs=max(traffic.concurrency),
                     flags=context.args,
                 )
-                for name, model in models.items()
+                for name, model in {_OURS: checkpoint, **peers}.items()
             ]
-            results = compare_load(servers, traffic, rounds, work)
+            results = compare_load(servers, traffic, rounds, folder)
         found = {
             "vllm": _vllm_version(),
             "threads": threads,

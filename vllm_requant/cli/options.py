@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "LowMemory", "find_device", "named_model"]
+__all__ = ["Device", "LowMemory", "find_device", "named_models"]
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 LowMemory = Annotated[
@@ -41,17 +42,25 @@ def find_device(name: str) -> "torch.device":
     return device
 
 
-def named_model(item: str) -> tuple[str, Path]:
-    """Parse the ``NAME=MODEL`` of ``--peer``.
+def named_models(items: list[str] | None, taken: Collection[str]) -> dict[str, Path]:
+    """Parse the ``NAME=MODEL`` of every ``--peer``.
+
+    Args:
+        taken: names that peers cannot have.
 
     Raises:
-        BadParameter: it is not of that form.
+        BadParameter: one is not of that form, or its name is taken.
         FileNotFoundError: there is no such model.
     """
-    name, separator, model = item.partition("=")
-    # a name becomes that of a log file
-    if not separator or not name or not model or "/" in name:
-        raise typer.BadParameter(f"--peer {item}: write NAME=MODEL")
-    if not Path(model).exists():
-        raise FileNotFoundError(f"--peer {item}: {model} does not exist")
-    return name, Path(model)
+    models: dict[str, Path] = {}
+    for item in items or ():
+        name, separator, model = item.partition("=")
+        # a name becomes that of a log file
+        if not separator or not name or not model or "/" in name:
+            raise typer.BadParameter(f"--peer {item}: write NAME=MODEL")
+        if not Path(model).exists():
+            raise FileNotFoundError(f"--peer {item}: {model} does not exist")
+        if name in models or name in taken:
+            raise typer.BadParameter(f"--peer {item}: {name} is taken")
+        models[name] = Path(model)
+    return models

@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,7 +16,15 @@ import typer
 from ..bench.servers import ServerError
 from ..format import ReQuantFormatError
 
-__all__ = ["byte_size", "command_errors", "print_json", "set_up_logging", "share"]
+__all__ = [
+    "byte_size",
+    "command_errors",
+    "prepare_results",
+    "print_json",
+    "set_up_logging",
+    "share",
+    "work_folder",
+]
 
 _UNITS = {"": 1} | {
     f"{prefix}{suffix}B": base ** (power + 1)
@@ -39,6 +49,28 @@ def set_up_logging(*, quiet: bool = False) -> None:
 def print_json(content: dict[str, Any]) -> None:
     """The one JSON object of a command."""
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def work_folder(kept: Path | None) -> Iterator[Path]:
+    """Where files of a block go: the folder that the user wants to keep, or else one that goes at the end."""
+    with tempfile.TemporaryDirectory(prefix="requant-") as temporary:
+        folder = kept or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def prepare_results(folder: Path | None) -> None:
+    """Before hours of work: numbers and a picture can be written there, if the user asked for them.
+
+    Raises:
+        OSError: there is no folder to be made, or nothing to draw with.
+    """
+    if folder is not None:
+        from ..bench.plots import require_matplotlib
+
+        require_matplotlib()
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def share(text: str) -> float:

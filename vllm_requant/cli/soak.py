@@ -1,14 +1,13 @@
 """``requant soak``: a checkpoint's server and a reference under mixed traffic, good and bad, for long."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..bench.servers import ServerError, require_vllm
-from .output import command_errors, print_json, set_up_logging
+from .output import command_errors, prepare_results, print_json, set_up_logging, work_folder
 
 __all__ = ["command"]
 
@@ -46,7 +45,7 @@ def command(
     with command_errors():
         require_vllm()
         from ..bench.contenders import Vllm, running
-        from ..bench.plots import plot_soak, require_matplotlib
+        from ..bench.plots import plot_soak
         from ..bench.soak import soak, table
         from ..bench.traffic import Limits, stream
         from ..format.reader import Checkpoint
@@ -54,17 +53,13 @@ def command(
         vocab_size = Checkpoint(checkpoint).model_config["vocab_size"]
         if not reference.exists():
             raise FileNotFoundError(f"--reference: {reference} does not exist")
-        if output is not None:
-            require_matplotlib()
-            output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="requant-soak-") as temporary:
-            work = work or Path(temporary)
-            work.mkdir(parents=True, exist_ok=True)
+        prepare_results(output)
+        with work_folder(work) as folder:
             servers = [
                 Vllm(
                     name,
                     model,
-                    work / f"{name}.log",
+                    folder / f"{name}.log",
                     threads=None,
                     max_model_len=_MAX_MODEL_LEN,
                     max_num_seqs=clients,

@@ -68,7 +68,7 @@ class ExpertStash(WeightStash):
         return_success: bool = False,
     ) -> bool | None:
         """The ``weight_loader`` of a parameter; what belongs to experts of other ranks is let go."""
-        here = any((expert_id, shard_id) in module.shard_ids for module in self.modules)
+        here = (expert_id, shard_id) in self.by_shard
         if here:
             self.receive(suffix, param, loaded_weight, (expert_id, shard_id))
         return here if return_success else None

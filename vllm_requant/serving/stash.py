@@ -100,6 +100,7 @@ class WeightStash:
     ) -> None:
         self.modules = list(modules)
         self.dummy = dummy
+        self.by_shard = {shard_id: module for module in modules for shard_id in module.shard_ids}
         self._dtypes = {
             prefix + suffix: dtype
             for spec in (*(module.spec for module in modules), *others)
@@ -126,12 +127,11 @@ class WeightStash:
         Raises:
             ReQuantFormatError: the tensor is unexpected, doubled, or breaks the format.
         """
-        for module in self.modules:
-            if loaded_shard_id in module.shard_ids:
-                # vLLM may run loaders under the target device as default device
-                with torch.device("cpu"):
-                    module.add(suffix, loaded_weight)
-                return
+        if loaded_shard_id in self.by_shard:
+            # vLLM may run loaders under the target device as default device
+            with torch.device("cpu"):
+                self.by_shard[loaded_shard_id].add(suffix, loaded_weight)
+            return
         names = ", ".join(module.name for module in self.modules)
         raise ReQuantFormatError(f"arrived for shard {loaded_shard_id!r}, unknown to {names}", tensor=suffix)
 
