@@ -2,6 +2,7 @@
 
 import copy
 import os
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from vllm_requant.bench.servers import REQUANT, free_port, server_command, start_server, stop, wait_until_healthy
+from vllm_requant.bench.soak import own_anonymous_bytes
 from vllm_requant.offline.models import CausalLM, load_causal_lm
 from vllm_requant.offline.pipeline import Conversion
 from vllm_requant.offline.recipe import Recipe
@@ -82,12 +84,22 @@ class Server:
     def worker_bytes(self) -> int:
         """Resident memory, mapped files apart, of the process that holds the weights: the largest one."""
         root = psutil.Process(self.pid)
-        return max(_anonymous_bytes(process.pid) for process in [root, *root.children(recursive=True)])
+        return max(own_anonymous_bytes(process.pid) for process in [root, *root.children(recursive=True)])
+
+    @property
+    def address(self) -> str:
+        """URL of its root, without a slash at the end."""
+        return str(self.client.base_url).removesuffix("/v1/")
+
+    def metrics(self) -> str:
+        """What it says to Prometheus."""
+        return get(f"{self.address}/metrics")
 
 
-def _anonymous_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        text: str = answer.read().decode()
+        return text
 
 
 @contextmanager

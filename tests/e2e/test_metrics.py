@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import tiny
-from tests.e2e.conftest import Server, serve
+from tests.e2e.conftest import Server, get, serve
 from vllm_requant.bench.servers import free_port
 from vllm_requant.cli.inspect import describe
 from vllm_requant.offline.models import load_causal_lm
@@ -28,18 +27,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 SHORT = ("--max-model-len", "128")
 
 
-def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        text: str = answer.read().decode()
-        return text
-
-
-def address(server: Server) -> str:
-    return str(server.client.base_url).removesuffix("/v1/")
-
-
 def samples(server: Server) -> dict[str, list[tuple[dict[str, str], float]]]:
-    families = text_string_to_metric_families(get(address(server) + "/metrics"))
+    families = text_string_to_metric_families(server.metrics())
     return {
         family.name: [(sample.labels, sample.value) for sample in family.samples]
         for family in families
@@ -99,7 +88,7 @@ def test_prometheus_scrapes_and_answers(server: Server, checkpoint: Path, tmp_pa
     binary = shutil.which("prometheus")
     if binary is None:
         pytest.skip("prometheus is not installed")
-    port, target = free_port(), address(server).removeprefix("http://")
+    port, target = free_port(), server.address.removeprefix("http://")
     (tmp_path / "prometheus.yml").write_text(
         "global: {scrape_interval: 1s}\n"
         f"scrape_configs: [{{job_name: requant, static_configs: [{{targets: ['{target}']}}]}}]\n"

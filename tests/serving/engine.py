@@ -9,7 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["job", "vllm_runs", "vllm_tokens"]
+import torch
+
+__all__ = ["greedy_tokens", "job", "vllm_runs", "vllm_tokens"]
+
+
+def greedy_tokens(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """What transformers generates: so many tokens for each prompt, whatever they are."""
+    options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
+    result = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        # a mask, or transformers takes zeros of the prompt for padding
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        result.append(out[0, len(prompt) :].tolist())
+    return result
 
 
 def job(

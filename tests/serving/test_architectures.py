@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests import tiny
-from tests.serving.engine import job, vllm_tokens
+from tests.serving.engine import greedy_tokens, job, vllm_tokens
 from vllm_requant import hf
 from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import Recipe
@@ -49,17 +48,6 @@ def convert(architecture: str, folder: Path) -> Path:
     return out
 
 
-def expected(folder: Path) -> list[list[int]]:
-    model = hf.load_dequantized(folder)
-    result = []
-    for prompt in PROMPTS:
-        out = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
-        )
-        result.append(out[0, len(prompt) :].tolist())
-    return result
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("architectures")
@@ -68,7 +56,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def tokens(converted: dict[str, Path]) -> dict[str, list[list[int]]]:
-    return {architecture: expected(folder) for architecture, folder in converted.items()}
+    return {
+        architecture: greedy_tokens(hf.load_dequantized(folder), PROMPTS, NEW_TOKENS)
+        for architecture, folder in converted.items()
+    }
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

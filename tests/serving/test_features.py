@@ -5,7 +5,6 @@ Tiny random models in vLLM's offline engine, in as few processes as keep the fea
 
 import json
 import re
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.e2e.conftest import serve
-from tests.serving.engine import job, vllm_runs
+from tests.serving.engine import greedy_tokens, job, vllm_runs
 from vllm_requant import hf
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.offline.models import load_causal_lm
@@ -74,15 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def expected(model: Any, prompts: list[list[int]] = PROMPTS, new_tokens: int = NEW_TOKENS) -> list[list[int]]:
-    """Greedy tokens in transformers."""
-    options = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
-    result = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        # a mask, or transformers takes zeros of the prompt for padding
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        result.append(out[0, len(prompt) :].tolist())
-    return result
+    return greedy_tokens(model, prompts, new_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -274,9 +265,7 @@ def two_engines(
 
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(ask, PROMPTS * 4))
-        address = str(server.client.base_url).removesuffix("v1/") + "metrics"
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            text = answer.read().decode()
+        text = server.metrics()
     metrics: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

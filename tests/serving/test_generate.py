@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.serving.engine import job, vllm_tokens
+from tests.serving.engine import greedy_tokens, job, vllm_tokens
 from tests.serving.vllm_layers import FORMATS, random_layer
 from vllm_requant.format import CheckpointConfig, QuantizedLayer
 from vllm_requant.format.writer import write_tensors
@@ -52,16 +52,6 @@ def write_checkpoint(folder: Path, model: LlamaForCausalLM, layers: dict[str, Qu
     write_tensors(folder, model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, config, layers, others)
 
 
-def expected_tokens(model: LlamaForCausalLM) -> list[list[int]]:
-    result = []
-    for prompt in PROMPTS:
-        generated = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0
-        )
-        result.append(generated[0, len(prompt) :].tolist())
-    return result
-
-
 def all_linears(model: LlamaForCausalLM) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
@@ -79,7 +69,7 @@ def mixed_checkpoint(folder: Path, *, tied: bool) -> list[list[int]]:
     if tied:
         model.tie_weights()
     write_checkpoint(folder, model, layers)
-    return expected_tokens(model)
+    return greedy_tokens(model, PROMPTS, 12)
 
 
 def test_greedy_tokens_are_those_of_the_dequantized_model(tmp_path):
