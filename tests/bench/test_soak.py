@@ -155,6 +155,10 @@ def test_servers_that_do_alike_pass() -> None:
     assert problems(record(FINE)) == []
     # the reference may do worse; that is not ours
     assert problems(record(FINE), record(FINE | {"chat": {"200": 49, "500": 1}})) == []
+    growing = record(
+        FINE, memory=samples(lambda share: 1000 + 100 * share), gauges=STILL | {"vllm:num_requests_running": 2}
+    )
+    assert problems(record(FINE), growing) == []
     # whether a client goes away in time is chance
     assert problems(record(FINE | {ABANDONED[0]: {"200": 1, "disconnected": 4}})) == []
 

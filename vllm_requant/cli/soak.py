@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Send real servers good, abandoned and bad requests; every further argument goes to vLLM.
 
-    Fails if a server ends, if the checkpoint's answers a kind of request as the reference never does, if memory
-    grows in the second half, or if requests or cache blocks are left afterwards.
+    Fails if a server ends, or if the checkpoint's answers a kind of request as the reference never does, grows in the
+    second half, or has requests or cache blocks left afterwards.
     """
     set_up_logging()
     with command_errors():
