@@ -47,8 +47,8 @@ def _best(copies: list[Weights], size: int) -> list[int] | None:
                 calls[(index,)] = lambda w, v=trellis: native.trellis(w, x, v)  # type: ignore[misc]
     else:
         for matvec in native.matvec_candidates(w, size):
-            index = native.MATVEC_VARIANTS.index(matvec._replace(splits=1))
-            calls[index, matvec.splits] = lambda w, v=matvec: native.matvec(w, x, v)  # type: ignore[misc]
+            index = native.MATVEC_VARIANTS.index(matvec._replace(splits=1, blocks=1))
+            calls[index, matvec.splits, matvec.blocks] = lambda w, v=matvec: native.matvec(w, x, v)  # type: ignore[misc]
     took = {key: microseconds([lambda w=w: call(w) for w in copies[:24]], 5) for key, call in calls.items()}  # type: ignore[misc]  # noqa: B023
     best = min(took, key=lambda key: took[key])
     return None if best is None else list(best)

@@ -1,6 +1,7 @@
 """Run-time layout of the weights on a GPU: what the kernels of this package read, made from the canonical tensors.
 
-The ``uniform`` and ``lut`` kinds lie in tiles of 16 rows and 64 columns, missing ones being code 0. A warp reads a tile
+The ``uniform`` and ``lut`` kinds lie in tiles of 16 rows and 64 columns, missing ones being code 0, and an even number
+of tiles beside each other: two of them, a *record*, are what is fetched at a time. A warp reads a tile
 at once, lane ``l`` the codes of the rows ``l // 4`` and ``l // 4 + 8`` and of the columns ``16 f + 4 (l % 4) + i``,
 ``f`` and ``i`` in 0 … 3. Neighbouring columns ``i`` and ``i + 1`` of a row make a *pair*; pair ``4 f + i + h`` of a
 lane, ``i`` even, is of row half ``h``. That is how the tensor cores want a 16 × 16 operand, four of them a tile. A
@@ -43,7 +44,7 @@ _CHUNK = 1 << 24  # codes that are repacked at once: some 300 MB of intermediate
 
 def tiles_of(rows: int, columns: int) -> tuple[int, int]:
     """Row tiles and column tiles of a weight."""
-    return -(-rows // ROWS), -(-columns // COLUMNS)
+    return -(-rows // ROWS), 2 * -(-columns // (2 * COLUMNS))
 
 
 def by_lanes(words: Tensor) -> Tensor:
@@ -66,9 +67,8 @@ def tile_codes(kind: str, qweight: Tensor, *, bits: int, in_features: int) -> Te
     Returns:
         int32 ``[row tiles, column tiles, 32 · bits]``.
     """
-    rows = qweight.shape[0]
-    tiles = -(-in_features // COLUMNS)
-    out = torch.empty(-(-rows // ROWS), tiles, 32 * bits, dtype=torch.int32, device=qweight.device)
+    row_tiles, tiles = tiles_of(qweight.shape[0], in_features)
+    out = torch.empty(row_tiles, tiles, 32 * bits, dtype=torch.int32, device=qweight.device)
     step = max(1, _CHUNK // (ROWS * COLUMNS * tiles))
     for first in range(0, out.shape[0], step):
         codes = unpack_codes(qweight[first * ROWS : (first + step) * ROWS], bits, in_features)

@@ -37,15 +37,23 @@ _RECORD = 144  # bytes of 64 columns of a rotated activation, see trellis.cu
 
 
 class Matvec(NamedTuple):
-    """A variant of ``matvec``: template arguments of matvec.cu and how many blocks share the columns of a row tile."""
+    """A variant of ``matvec``: template arguments of matvec.cu, then how it is launched.
+
+    Attributes:
+        n_tiles, single, row_warps, column_warps, kbytes: as there; kilobytes of a warp's ring.
+        resident: blocks that find room on a multiprocessor, those of the next launch among them.
+        splits: blocks that share the columns of a row tile.
+        blocks: of one launch, a multiprocessor.
+    """
 
     n_tiles: int
     single: bool
     row_warps: int
     column_warps: int
-    ahead: int
-    blocks: int
+    kbytes: int
+    resident: int
     splits: int = 1
+    blocks: int = 1
 
     @property
     def name(self) -> str:
@@ -55,30 +63,51 @@ class Matvec(NamedTuple):
     def instance(self) -> str:
         return f"MATVEC({self.n_tiles}, {str(self.single).lower()}, {', '.join(map(str, self[2:6]))})"
 
+    @property
+    def threads(self) -> int:
+        """Of a block: warps that multiply, and those that add."""
+        return 32 * (self.row_warps * self.column_warps + (1 if self.single else 2 if self.n_tiles <= 2 else 4))
+
     def shared(self, w: Weights, batch: int) -> int:
         """Bytes of shared memory, as matvec.cu lays it out."""
-        tiles, rows = -(-w.codes.shape[1] // self.splits), 16 * self.row_warps
-        places = 1 if self.single else 8 * self.n_tiles
-        activations = tiles * places * 128 + -(-batch // 4) * 16
+        warps, rows = self.row_warps * self.column_warps, 16 * self.row_warps
+        chunks = -(-_chunks(w) // self.splits)
+        metas, places = 0 if w.lut else _metas(w), 1 if self.single else 8 * self.n_tiles
+        rings = warps * max(2, 2 * self.kbytes // w.bits) * (512 * w.bits + 96 * metas)
+        activations = chunks * places * (512 + 16 * metas) + -(-batch // 4) * 16
         tables = 0
         if w.lut:
-            tables = (
-                2 * self.row_warps * _table_bytes(w.bits, self.row_warps) + _table_bytes(w.bits, self.row_warps) // 2
-            )
-        else:
-            activations += tiles * (1 if w.group_size % 64 == 0 else 2) * max(16, places * 8)
-        return activations + tables + 2 * (self.column_warps + 1) * batch * (rows + 4) * 4
+            tables = self.row_warps * _table_bytes(w.bits, 32 if self.row_warps == 1 or w.bits < 4 else 8)
+            tables += _alignment_bytes(w.bits)
+        buffers = 4 if self.single else 2
+        return rings + activations + tables + buffers * (self.column_warps + 1) * batch * (rows + 4) * 4
 
     def grid(self, w: Weights, multiprocessors: int) -> tuple[int, int, int]:
         """As many blocks as fit at a time, or as there is work for."""
         stretches = -(-w.codes.shape[0] // self.row_warps)
-        return min(stretches, max(1, multiprocessors * self.blocks // self.splits)), self.splits, 1
+        chunks = _chunks(w)
+        splits = -(-chunks // -(-chunks // self.splits))  # so that each has some
+        return min(stretches, max(1, multiprocessors * self.blocks // splits)), splits, 1
 
 
-def _table_bytes(bits: int, row_warps: int) -> int:
-    """Of a row tile, as in matvec.cu."""
-    slots = {2: 32, 3: 32 if row_warps == 1 else 8, 4: 16 if row_warps == 1 else 8}[bits]
+def _metas(w: Weights) -> int:
+    """Groups of 128 columns of the ``uniform`` kind, as matvec.cu counts them."""
+    return 1 if w.group_size % 128 == 0 else 2 if w.group_size % 64 == 0 else 4
+
+
+def _chunks(w: Weights) -> int:
+    """Of 256 columns."""
+    return -(-w.codes.shape[1] // 4)
+
+
+def _table_bytes(bits: int, slots: int) -> int:
+    """Of a row tile, as in codes.cuh."""
     return 2 * slots * 4 << (2 * bits)
+
+
+def _alignment_bytes(bits: int) -> int:
+    """By which tables may begin later: one of 4 bits begins anywhere, others at a multiple of half of what they take."""
+    return 0 if bits == 4 else _table_bytes(bits, 32) // 2
 
 
 class TrellisVariant(NamedTuple):
@@ -120,51 +149,52 @@ class _TrellisArguments(ctypes.Structure):
 
 
 MATVEC_VARIANTS = (
-    Matvec(1, True, 1, 16, 2, 2),
-    Matvec(1, True, 1, 8, 2, 4),
-    Matvec(1, True, 1, 8, 4, 3),
-    Matvec(1, False, 2, 8, 4, 1),
-    Matvec(1, False, 1, 16, 2, 2),
-    Matvec(1, False, 1, 8, 2, 3),
-    Matvec(2, False, 2, 8, 4, 1),
-    Matvec(2, False, 1, 16, 4, 1),
-    Matvec(4, False, 2, 8, 2, 1),
-    Matvec(8, False, 2, 4, 2, 1),
+    Matvec(1, True, 1, 7, 4, 4),
+    Matvec(1, True, 1, 7, 6, 3),
+    Matvec(1, True, 1, 7, 8, 2),
+    Matvec(1, True, 1, 3, 8, 4),
+    Matvec(1, True, 1, 15, 4, 2),
+    Matvec(1, True, 1, 15, 8, 1),
+    Matvec(1, False, 1, 6, 6, 2),
+    Matvec(1, False, 2, 7, 4, 1),
+    Matvec(2, False, 2, 3, 6, 2),
+    Matvec(2, False, 2, 7, 4, 1),
+    Matvec(4, False, 4, 3, 4, 1),
+    Matvec(8, False, 4, 3, 4, 1),
 )
 """All that are compiled; tuning tables name them by their index."""
 TRELLIS_VARIANTS = tuple(
     TrellisVariant(n_tiles, lanes, 4, 3 - n_tiles) for n_tiles in (1, 2) for lanes in (2, 4, 8, 16)
 )
-_FIRST = {8: 3, 16: 6, 32: 8}  # untuned: of MATVEC_VARIANTS, by batch class
+_FIRST = {1: 2, 8: 7, 16: 9, 32: 10}  # untuned: of MATVEC_VARIANTS, by batch class
 
 
 def matvec_candidates(w: Weights, batch: int) -> list[Matvec]:
     """Variants that can serve a layer and a batch."""
-    size, tiles = tuning.batch_class(batch), w.codes.shape[1]
+    size, chunks = tuning.batch_class(batch), _chunks(w)
     fitting = [v for v in MATVEC_VARIANTS if v.single == (size == 1) and 8 * v.n_tiles == max(size, 8)]
     every = [
-        v._replace(splits=splits)
+        v._replace(splits=splits, blocks=blocks)
         for v in fitting
-        for splits in ((1, 2) if size == 1 else (1, 2, 4, 8))
-        if splits <= tiles
+        for splits in ((1,) if size == 1 else (1, 2, 4))
+        for blocks in (1, 2, 3, 4, 5, 6)
+        if splits <= chunks and blocks <= v.resident
     ]
     return [v for v in every if v.shared(w, size) <= _SHARED]
 
 
 def matvec_variant(w: Weights, batch: int) -> Matvec | None:
     """The variant for a layer and a batch; None where expanded weights are faster."""
-    size, tiles = tuning.batch_class(batch), w.codes.shape[1]
+    size, chunks = tuning.batch_class(batch), _chunks(w)
     known, entry = _tuned(w, batch)
     if known:
-        return None if entry is None else MATVEC_VARIANTS[entry[0]]._replace(splits=entry[1])
+        return None if entry is None else MATVEC_VARIANTS[entry[0]]._replace(splits=entry[1], blocks=entry[2])
     if size == 64:
         return None
-    # a class has the same variant throughout, so that a row has the same sums in every batch of it; one activation:
-    # large blocks where there is little for a multiprocessor, more and smaller ones where there is much
-    few = w.codes.shape[0] <= 2 * _multiprocessors(w.codes.get_device()) if w.codes.is_cuda else True
-    chosen = MATVEC_VARIANTS[_FIRST[size] if size > 1 else 0 if few else 2]
-    while chosen.shared(w, size) * chosen.blocks > _SHARED and chosen.splits < tiles:
-        chosen = chosen._replace(splits=min(2 * chosen.splits, tiles))
+    # a class has the same variant throughout, so that a row has the same sums in every batch of it
+    chosen = MATVEC_VARIANTS[_FIRST[size]]
+    while chosen.shared(w, size) > _SHARED and chosen.splits < chunks:
+        chosen = chosen._replace(splits=min(2 * chosen.splits, chunks))
     return chosen if chosen.shared(w, size) <= _SHARED else None
 
 
@@ -243,13 +273,13 @@ def matvec(w: Weights, x: Tensor, variant: Matvec) -> Tensor:
     batch, rows = x.shape[0], w.out_features
     module = _matvec_module(w, x)
     y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
-    splits = variant.splits
-    partial = torch.empty(splits, batch, rows, dtype=torch.float32, device=x.device) if splits > 1 else y
-    arguments = _matvec_arguments(w, x, y, partial)
     device = x.get_device()
+    grid = variant.grid(w, _multiprocessors(device))
+    partial = torch.empty(grid[1], batch, rows, dtype=torch.float32, device=x.device) if grid[1] > 1 else y
+    arguments = _matvec_arguments(w, x, y, partial)
     module.kernel(variant.name)(
-        variant.grid(w, _multiprocessors(device)),
-        32 * variant.row_warps * variant.column_warps,
+        grid,
+        variant.threads,
         variant.shared(w, batch),
         arguments,
         torch.cuda.current_stream(device).cuda_stream,
@@ -281,7 +311,7 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
     module.kernel("expand_rows")(
         (-(-count // 16), parts, 1),
         256,
-        _table_bytes(w.bits, 1) * 3 // 2 if w.lut else 0,  # it begins at a multiple of a half
+        _table_bytes(w.bits, 8 if w.bits == 4 else 32) + _alignment_bytes(w.bits) if w.lut else 0,
         arguments,
         torch.cuda.current_stream(device).cuda_stream,
     )
@@ -294,8 +324,8 @@ def _matvec_module(w: Weights, x: Tensor) -> Module:
         w,
         x,
         LUT=int(w.lut),
-        HALVES=int(w.group_size % 64 != 0),
-        TAIL=int(w.in_features % 64 != 0),
+        METAS=1 if w.lut else _metas(w),
+        TAIL=int(w.in_features % 128 != 0),
     )
 
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <barrier>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -24,6 +25,7 @@
 struct uint2 { uint32_t x, y; }; struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; }; struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(uint32_t a, uint32_t b) { return {a, b}; }
+inline uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
 inline float2 make_float2(float a, float b) { return {a, b}; }
 inline float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
 struct Dim { int x, y, z; };
@@ -35,6 +37,27 @@ inline std::vector<std::unique_ptr<std::barrier<>>> warp_barrier;
 inline uint32_t warp_words[64][32][8];
 inline int W() { return threadIdx.x >> 5; } inline int L() { return threadIdx.x & 31; }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline std::unique_ptr<std::barrier<>> named_barrier[16];
+inline std::mutex of_named_barriers;
+template <int ID, int THREADS> void some_warps() {
+    {
+        std::lock_guard<std::mutex> guard(of_named_barriers);
+        if (!named_barrier[ID]) named_barrier[ID] = std::make_unique<std::barrier<>>(THREADS);
+    }
+    named_barrier[ID]->arrive_and_wait();
+}
+// count, of it left, phase
+inline void arrivals_begin(uint64_t* at, int count) { *at = uint64_t(count) << 48 | uint64_t(count) << 32; }
+inline void arrive(uint64_t* at) {
+    uint64_t old = __atomic_load_n(at, 5), now;
+    do {
+        now = old - (1ull << 32);
+        if ((now >> 32 & 0xFFFF) == 0) now += (old >> 48 << 32) + 1;
+    } while (!__atomic_compare_exchange_n(at, &old, now, false, 5, 5));
+}
+inline void await_arrivals(uint64_t* at, int parity) {
+    while ((__atomic_load_n(at, 5) & 1) == uint64_t(parity)) std::this_thread::yield();
+}
 inline void __syncwarp() { warp_barrier[W()]->arrive_and_wait(); }
 template <class T> T exchange(T v, int from) {
     static_assert(sizeof(T) == 4);
@@ -121,6 +144,35 @@ template <class T> void shared_load4(T& to, uint32_t a) {
     if (a % 16) abort();
     memcpy(&to, shared_memory + a - 1040, 16);
 }
+inline void shared_load2(float& a, float& b, uint32_t at) {
+    memcpy(&a, shared_memory + at - 1040, 4);
+    memcpy(&b, shared_memory + at + 4 - 1040, 4);
+}
+inline uint32_t shared_load_half(uint32_t a) {
+    uint16_t o;
+    memcpy(&o, shared_memory + a - 1040, 2);
+    return o;
+}
+template <int N> void shared_words(uint32_t (&to)[N], uint32_t block, int lane) {
+    load_words<N>(to, (const uint32_t*)(shared_memory + block - 1040) + words_before<N>(lane), lane);
+}
+// asked for, and there only when awaited: what is read too early shows
+inline thread_local std::vector<std::vector<std::pair<uint32_t, const void*>>> copies(1);
+inline void copy_async(uint32_t to, const void* from) {
+    if (to % 16 || uintptr_t(from) % 16) abort();
+    copies.back().emplace_back(to, from);
+}
+inline void copies_asked() { copies.emplace_back(); }
+template <int N> void await_copies() {
+    while (copies.size() > N + 1) {
+        for (auto [to, from] : copies.front()) memcpy(shared_memory + to - 1040, from, 16);
+        copies.erase(copies.begin());
+    }
+}
+inline uint32_t largest_of_warp(uint32_t v) {
+    for (int s = 16; s; s /= 2) v = std::max(v, __shfl_xor_sync(0xFFFFFFFFu, v, s));
+    return v;
+}
 inline float load_coherent(const float* p) { return *p; }
 inline float4 load_coherent4(const float* p) { return *(const float4*)p; }
 inline void next_may_launch() {} inline void launched_before_is_done() {}
@@ -167,6 +219,7 @@ template <class F> void run(F f, int gx, int gy, int gz, int threads, int shared
         shared_memory = (char*)((uintptr_t(mem.data()) + 63) / 16 * 16);
         block_barrier = std::make_unique<std::barrier<>>(threads);
         warp_barrier.clear();
+        for (auto& b : named_barrier) b.reset();
         for (int w = 0; w < threads / 32; ++w) warp_barrier.push_back(std::make_unique<std::barrier<>>(32));
         std::vector<std::thread> all;
         for (int t = 0; t < threads; ++t) all.emplace_back([=] { threadIdx = {t, 0, 0}; blockIdx = {x, y, z}; f(); });

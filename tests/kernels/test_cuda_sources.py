@@ -94,7 +94,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable]:
     return made
 
 
-ONE = (Matvec(1, True, 1, 4, 2, 2), Matvec(1, True, 2, 2, 4, 2, 2), native.MATVEC_VARIANTS[2])
+ONE = (Matvec(1, True, 1, 2, 2, 2), Matvec(1, True, 2, 1, 4, 2, 2), native.MATVEC_VARIANTS[1])
 SOME = (Matvec(1, False, 1, 2, 2, 1), Matvec(2, False, 2, 2, 2, 1, 3))
 
 

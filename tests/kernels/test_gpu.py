@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_requant import kernels
 from vllm_requant.kernels import gpu, reference
 from vllm_requant.kernels.gpu import native, tuning
-from vllm_requant.kernels.gpu.layout import residual_entries
+from vllm_requant.kernels.gpu.layout import residual_entries, tiles_of
 from vllm_requant.kernels.gpu.weights import NAMES, Weights
 
 REAL = torch.cuda.is_available()
@@ -203,18 +203,18 @@ def test_every_batch(make_layer: Callable, batch: int, dtype: torch.dtype) -> No
 def test_variants_are_compiled_together_and_fit(kind: str, bits: int, group_size: int) -> None:
     nothing = torch.empty(0)
     for rows, columns in ((576, 576), (4096, 4096), (28_672, 8192), (8192, 28_672), (128_256, 4096)):
-        codes = torch.empty(-(-rows // 16), -(-columns // 64), 1, device="meta")
+        codes = torch.empty(*tiles_of(rows, columns), 1, device="meta")
         w = Weights(codes, *[nothing] * 7, kind, bits, group_size, 0, columns, rows)
         for batch in range(1, native.MOST + 1):
             for variant in (native.matvec_variant(w, batch), *native.matvec_candidates(w, batch)):
                 if variant is None:
                     assert batch > 32  # then expanded weights are multiplied
                     continue
-                assert variant._replace(splits=1) in native.MATVEC_VARIANTS
+                assert variant._replace(splits=1, blocks=1) in native.MATVEC_VARIANTS
                 assert 8 * variant.n_tiles >= batch and variant.single == (batch == 1)
                 assert variant.shared(w, batch) <= 227 << 10
                 x, splits, _ = variant.grid(w, 132)
-                assert 1 <= x <= w.codes.shape[0] and splits <= -(-columns // 64)
+                assert 1 <= x <= w.codes.shape[0] and splits <= -(-columns // 256)
 
 
 def test_measured_tables_are_kept_and_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_measured_tables_are_kept_and_asked(monkeypatch: pytest.MonkeyPatch, tmp
     tuning.clear()
     try:
         assert tuning.lookup(0, "lut4", 64, 64, 3) == (False, None)
-        table: tuning.Table = {"lut4": {"64x64": {"8": [3, 2], "64": None}}}
+        table: tuning.Table = {"lut4": {"64x64": {"8": [3, 2, 1], "64": None}}}
         assert tuning.save(table) == tmp_path / "tuned" / "some-gpu.json"
-        assert tuning.lookup(0, "lut4", 64, 64, 3) == (True, [3, 2])
+        assert tuning.lookup(0, "lut4", 64, 64, 3) == (True, [3, 2, 1])
         assert tuning.lookup(0, "lut4", 64, 64, 33) == (True, None)
         assert tuning.lookup(0, "lut4", 64, 64, 1) == (False, None)
         assert tuning.lookup(0, "lut3", 64, 64, 3) == (False, None)

@@ -4,8 +4,10 @@
 // A code of the uniform kind at bit s of the mantissa, under the exponent of 2^(10 - s), is 2^(10 - s) plus the code: one
 // instruction for two weights. What that adds, and the zero point, is taken off later.
 //
-// Macros beside those of primitives.cuh: LUT (else uniform), BITS, HALVES (a tile of 64 columns holds two groups, else
-// one or a part of one), TAIL (columns are no multiple of 64).
+// Macros beside those of primitives.cuh: LUT (else uniform), BITS, METAS (groups of 128 columns: 1, where one may go on,
+// 2 or 4), TAIL (columns are no multiple of 128).
+constexpr bool HALVES = METAS == 4;  // a tile of 64 columns holds two groups, else one or a part of one
+
 struct Arguments {
     const uint32_t* codes;    // [row tiles, column tiles, 32 lanes, words]
     const uint32_t* params;   // uniform: float16 scales [row tiles, groups, 8, 2]; lut: float16 tables [rows, entries]
@@ -65,24 +67,23 @@ DEVICE uint32_t uniform_pair(const uint32_t (&words)[WORDS]) {
 // ---- lut --------------------------------------------------------------------------------------------------
 
 // A table of pairs of codes for each row, so that one read of shared memory gives two weights. [half][pair][slot] words;
-// with 32 slots every lane has a bank of its own, with 8 the four lanes of a row share a table, with 16 two do.
-template <int WR>
+// with 32 slots every lane has a bank of its own, with 8 the four lanes of a row share a table.
+template <int SLOTS>
 struct Tables {
-    static constexpr int SLOTS = BITS == 2 || (BITS == 3 && WR == 1) ? 32 : BITS == 4 && WR == 1 ? 16 : 8;
     static constexpr int COPIES = SLOTS / 8;
     static constexpr int PAIRS = 1 << (2 * BITS);
     static constexpr int WORDS_A_HALF = PAIRS * SLOTS;
     static constexpr int WORDS_A_TILE = 2 * WORDS_A_HALF;
-    static constexpr int ALIGNMENT = WORDS_A_HALF * 4;  // the bits of a pair are zero in an address
-    static constexpr int SHIFT = SLOTS == 32 ? 7 : SLOTS == 16 ? 6 : 5;  // pair to byte offset
+    static constexpr int ALIGNMENT = BITS == 4 ? 16 : WORDS_A_HALF * 4;  // the bits of a pair are zero in an address
+    static constexpr int SHIFT = SLOTS == 32 ? 7 : 5;                    // pair to byte offset
 };
 
-// The next stretch's tables, a part for each thread: asked for, then stored.
-template <int WR, int THREADS>
+// The tables of the next TILES row tiles, a part for each thread: asked for, then stored.
+template <int TILES, int SLOTS, int THREADS>
 struct NextTables {
-    using T = Tables<WR>;
+    using T = Tables<SLOTS>;
     static constexpr int ENTRIES = 1 << BITS;
-    static constexpr int JOBS = WR * 2 * T::SLOTS * ENTRIES;  // a job: the pairs that begin with one code, in one slot
+    static constexpr int JOBS = TILES * 2 * 8 * ENTRIES;  // a job: the pairs of a row that begin with one code
     static constexpr int COUNT = (JOBS + THREADS - 1) / THREADS;
     uint32_t table[COUNT][ENTRIES / 2];
     uint16_t first[COUNT];
@@ -90,14 +91,13 @@ struct NextTables {
     DEVICE void ask(const uint16_t* source, int first_row, int rows) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const int job = threadIdx.x + i * THREADS, slot = job % T::SLOTS;
-            const int row = first_row + job / (T::SLOTS * ENTRIES) * 8 + slot / T::COPIES;
+            const int job = threadIdx.x + i * THREADS, row = first_row + job / (8 * ENTRIES) * 8 + job % 8;
             first[i] = 0;
 #pragma unroll
             for (int j = 0; j < ENTRIES / 2; ++j) table[i][j] = 0;
             if (row < rows && (JOBS % THREADS == 0 || job < JOBS)) {
                 const uint16_t* from = source + (int64_t(row) << BITS);
-                first[i] = from[job / T::SLOTS % ENTRIES];
+                first[i] = from[job / 8 % ENTRIES];
 #pragma unroll
                 for (int j = 0; j < ENTRIES / 2; j += 2) {
                     const uint2 two = *reinterpret_cast<const uint2*>(from + 2 * j);
@@ -114,25 +114,30 @@ struct NextTables {
             const int job = threadIdx.x + i * THREADS;
             if (JOBS % THREADS && job >= JOBS) continue;
             const uint32_t low = first[i];
-            uint32_t* const here = to + job / (T::SLOTS * ENTRIES) * T::WORDS_A_HALF + job % (T::SLOTS * ENTRIES);
+            uint32_t* const here = to + job / (8 * ENTRIES) * T::WORDS_A_HALF + job / 8 % ENTRIES * SLOTS + job % 8 * T::COPIES;
 #pragma unroll
-            for (int j = 0; j < ENTRIES / 2; ++j) {
-                const uint32_t two = table[i][j];
-                here[2 * j * (T::SLOTS * ENTRIES)] = permute(low, two, 0x5410);
-                here[(2 * j + 1) * (T::SLOTS * ENTRIES)] = permute(low, two, 0x7610);
+            for (int j = 0; j < ENTRIES; ++j) {
+                const uint32_t pair = permute(low, table[i][j / 2], j % 2 ? 0x7610 : 0x5410);
+                uint32_t* const of = here + j * (SLOTS * ENTRIES);
+                if (SLOTS == 32)
+                    *reinterpret_cast<uint4*>(of) = make_uint4(pair, pair, pair, pair);
+                else
+                    *of = pair;
             }
         }
     }
 };
 
 // `base` is the shared address of the row tile's tables and the lane's slot.
-template <int WR, int P>
+template <int SLOTS, int P>
 DEVICE uint32_t lut_pair(const uint32_t (&words)[WORDS], uint32_t base) {
-    using T = Tables<WR>;
+    using T = Tables<SLOTS>;
     constexpr int field = 2 * BITS, count = 32 / field;
     constexpr uint32_t mask = uint32_t(T::PAIRS - 1) << T::SHIFT;
     uint32_t address;
-    if constexpr (P < count * WORDS) {
+    if constexpr (BITS == 4) {  // a pair is a byte
+        address = permute(words[P / 4], 0, 0x4440 + P % 4) * (1u << T::SHIFT) + base;
+    } else if constexpr (P < count * WORDS) {
         constexpr int at = P % count * field - T::SHIFT;
         const uint32_t word = words[P / count];
         address = mask_or<mask>(at >= 0 ? word >> (at & 31) : word << (-at & 31), base);
@@ -150,13 +155,13 @@ struct Meta {  // of a group
 };
 
 // The operand of the 16 columns F: registers of rows g and g + 8, twice.
-template <int F, int WR>
+template <int F, int SLOTS>
 DEVICE void fragment(uint32_t (&a)[4], const uint32_t (&words)[WORDS], uint32_t base) {
 #if LUT
-    a[0] = lut_pair<WR, 4 * F>(words, base);
-    a[1] = lut_pair<WR, 4 * F + 1>(words, base);
-    a[2] = lut_pair<WR, 4 * F + 2>(words, base);
-    a[3] = lut_pair<WR, 4 * F + 3>(words, base);
+    a[0] = lut_pair<SLOTS, 4 * F>(words, base);
+    a[1] = lut_pair<SLOTS, 4 * F + 1>(words, base);
+    a[2] = lut_pair<SLOTS, 4 * F + 2>(words, base);
+    a[3] = lut_pair<SLOTS, 4 * F + 3>(words, base);
 #else
     a[0] = uniform_pair<2 * F, 0>(words);
     a[1] = uniform_pair<2 * F, 1>(words);

@@ -2,7 +2,7 @@
 // block for a row tile and a part of the columns; in.rows ends the part that is wanted. Through shared memory, so that a
 // warp writes whole lines of 128 bytes: the second-level cache takes few requests, not few bytes.
 DEVICE void expand(const Arguments& in, int first_row) {
-    constexpr int WARPS = 8, THREADS = 32 * WARPS, LANES = THREADS / 16, AHEAD = 2, LINE = 144;
+    constexpr int WARPS = 8, THREADS = 32 * WARPS, LANES = THREADS / 16, AHEAD = 2, LINE = 144, SLOTS = BITS == 4 ? 8 : 32;
     extern __shared__ __align__(16) char shared[];
     __shared__ __align__(16) char lines[WARPS][16 * LINE];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -32,11 +32,12 @@ DEVICE void expand(const Arguments& in, int first_row) {
     residual.begin(in.indptr, row_tile * 16 + threadIdx.x / LANES, in.rows, threadIdx.x % LANES);
     uint32_t base = 0;
 #if LUT
-    base = (shared_address(shared) + Tables<1>::ALIGNMENT - 1) / Tables<1>::ALIGNMENT * Tables<1>::ALIGNMENT;
-    NextTables<1, THREADS> tables;
+    using T = Tables<SLOTS>;
+    base = (shared_address(shared) + T::ALIGNMENT - 1) / T::ALIGNMENT * T::ALIGNMENT;
+    NextTables<1, SLOTS, THREADS> tables;
     tables.ask(reinterpret_cast<const uint16_t*>(in.params), row_tile * 16, in.rows);
     tables.store(reinterpret_cast<uint32_t*>(shared + (base - shared_address(shared))));
-    base += lane / (4 / Tables<1>::COPIES) * 4;
+    base += lane / (4 / T::COPIES) * 4;
     __syncthreads();
 #endif
     residual.ask(in.entries);
@@ -49,10 +50,10 @@ DEVICE void expand(const Arguments& in, int first_row) {
             const int tile = first + i * WARPS;
             if (tile >= stop) break;
             uint32_t a[4][4];
-            fragment<0, 1>(a[0], words[i], base);
-            fragment<1, 1>(a[1], words[i], base);
-            fragment<2, 1>(a[2], words[i], base);
-            fragment<3, 1>(a[3], words[i], base);
+            fragment<0, SLOTS>(a[0], words[i], base);
+            fragment<1, SLOTS>(a[1], words[i], base);
+            fragment<2, SLOTS>(a[2], words[i], base);
+            fragment<3, SLOTS>(a[3], words[i], base);
 #pragma unroll
             for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -99,9 +100,3 @@ DEVICE void expand(const Arguments& in, int first_row) {
 extern "C" __global__ void __launch_bounds__(256) expand_rows(const __grid_constant__ Arguments in) {
     expand(in, in.batch);  // the first row
 }
-
-#define MATVEC(NT, ONE, WR, WK, AHEAD, BLOCKS)                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * WR * WK, BLOCKS)                                               \
-        matvec_##NT##_##ONE##_##WR##_##WK##_##AHEAD##_##BLOCKS(const __grid_constant__ Arguments in) {               \
-        matvec<NT, ONE, WR, WK, AHEAD>(in);                                                                          \
-    }

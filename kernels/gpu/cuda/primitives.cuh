@@ -133,6 +133,47 @@ DEVICE void shared_load4(float4& to, uint32_t address) {
                  : "r"(address));
 }
 
+DEVICE void shared_load2(float& a, float& b, uint32_t address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "r"(address));
+}
+
+DEVICE uint32_t shared_load_half(uint32_t address) {
+    uint16_t out;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(out) : "r"(address));
+    return out;
+}
+
+// Words of a lane in a block of 32 * W words, which load_words would read from memory.
+template <int W>
+DEVICE void shared_words(uint32_t (&to)[W], uint32_t block, int lane) {
+    const uint32_t at = block + words_before<W>(lane) * 4;
+    if constexpr (W % 4 != 0) asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(at));
+    if constexpr (W == 3) to[2] = shared_load<256>(block + lane * 4);
+    if constexpr (W % 4 == 0)
+#pragma unroll
+        for (int i = 0; i < W; i += 4) {
+            uint4 four;
+            shared_load4(four, at + i * 128);
+            to[i] = four.x;
+            to[i + 1] = four.y;
+            to[i + 2] = four.z;
+            to[i + 3] = four.w;
+        }
+}
+
+// 16 bytes from global to shared memory while the thread goes on. Copies are counted by the groups that copies_asked ends;
+// await_copies<N> waits for all but the last N groups of the thread.
+DEVICE void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+DEVICE void copies_asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+DEVICE void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 DEVICE float load_coherent(const float* from) {
     float out;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(out) : "l"(from));
@@ -177,6 +218,49 @@ DEVICE void multiply_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// ---- synchronization --------------------------------------------------------------------------------------
+
+// A barrier for THREADS threads of whole warps.
+template <int ID, int THREADS>
+DEVICE void some_warps() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
+// Counts arrivals in phases: await_arrivals returns when the phase of that parity is complete, that before the first
+// counting as one of parity 1. What was written before an arrival is seen after the wait.
+DEVICE void arrivals_begin(uint64_t* at, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count) : "memory");
+}
+
+DEVICE void arrive(uint64_t* at) {
+    asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(shared_address(at)) : "memory");
+}
+
+DEVICE void await_arrivals(uint64_t* at, int parity) {
+    uint32_t done;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(shared_address(at)), "r"(parity)
+                     : "memory");
+#else
+        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(shared_address(at)), "r"(parity)
+                     : "memory");
+#endif
+    } while (!done);
+}
+
+// ---- reductions -------------------------------------------------------------------------------------------
+
+DEVICE uint32_t largest_of_warp(uint32_t value) {
+    uint32_t out;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xFFFFFFFF;" : "=r"(out) : "r"(value));
+    return out;
+}
+
 // ---- residual ---------------------------------------------------------------------------------------------
 
 #if WIDE
@@ -218,13 +302,30 @@ struct Residual {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
             if (next + i * LANES < end) add(entry_column(entry[i]), entry_value(entry[i]));
-        for (int at = next + AHEAD * LANES; at < end; at += 8 * LANES) {
-            Entry more[8];
+        for (int at = next + AHEAD * LANES; at < end; at += 4 * LANES) {
+            Entry more[4];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) more[i] = entries[min(at + i * LANES, end - 1)];
+            for (int i = 0; i < 4; ++i) more[i] = entries[min(at + i * LANES, end - 1)];
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
+            for (int i = 0; i < 4; ++i)
                 if (at + i * LANES < end) add(entry_column(more[i]), entry_value(more[i]));
+        }
+    }
+
+    // take(entries) for them four at a time; where there are fewer they have the value 0. AHEAD is a multiple of four.
+    template <class Take>
+    DEVICE void walk_fours(const Entry* entries, const Take& take) const {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i += 4)
+            if (next + i * LANES < end) {
+                const Entry four[4] = {entry[i], entry[i + 1], entry[i + 2], entry[i + 3]};
+                take(four);
+            }
+        for (int at = next + AHEAD * LANES; at < end; at += 4 * LANES) {
+            Entry four[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) four[i] = at + i * LANES < end ? entries[at + i * LANES] : 0;
+            take(four);
         }
     }
 };
