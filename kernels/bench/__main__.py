@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import cpu, kernel_path, linear, repack
 from ..cpu import memory
 from . import gpu, tune
-from .layers import DENSITIES, DENSITY, FORMATS, Format, canonical, residual, weight_of
+from .layers import DENSITIES, DENSITY, FORMATS, LLAMA_3, Format, canonical, residual, weight_of
 
 SHAPES = ((4096, 4096), (14336, 4096), (576, 576), (1536, 576), (576, 1536), (960, 576), (3072, 576))
 """``(out_features, in_features)``; SmolLM2-135M's layers, the last two as vLLM fuses them."""
@@ -141,11 +141,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1, help="seconds spent on one figure (default: 0.1)")
     parser.add_argument("--activation-bits", type=int, choices=(8, 16), default=16, help="default: 16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu; see bench/gpu.py")
-    parser.add_argument("--tune", action="store_true", help="cuda: first measure which kernels to use, and keep that")
+    parser.add_argument(
+        "--tune",
+        nargs="*",
+        choices=tuple(LLAMA_3),
+        metavar="MODEL",
+        help=f"cuda: first measure which kernels to use, and keep that; for layers of Llama 3 {', '.join(LLAMA_3)}",
+    )
     options = parser.parse_args()
     if options.device == "cuda":
-        if options.tune:
-            tune.tune()
+        if options.tune is not None:
+            tune.tune(options.tune or list(LLAMA_3))
         gpu.main(options.json)
         return
     if options.threads:

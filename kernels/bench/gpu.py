@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import kernel_path, linear, repack
-from .layers import DENSITIES, DENSITY, FORMATS, Format, canonical, residual, weight_of
+from .layers import DENSITIES, DENSITY, FORMATS, LLAMA_3, Format, canonical, residual, weight_of
 
-__all__ = ["SHAPES", "main"]
+__all__ = ["main"]
 
-SHAPES = ((4096, 4096), (6144, 4096), (28_672, 4096), (4096, 14_336))
-"""``(out_features, in_features)``: output, query with key and value, gate with up, and down projections."""
 BATCHES = (1, 4, 16, 64, 2048)
 COLD_BYTES = 320 << 20
 
@@ -128,12 +126,22 @@ def measure(
         del weight, exact_weight, rounded, layers, tensors
 
 
-def main(output: Path | None, shapes: Sequence[tuple[int, int]] = SHAPES) -> None:
+def main(output: Path | None, shapes: Sequence[tuple[int, int]] = LLAMA_3["8b"]) -> None:
     """Print a table and write the results, by default into the folder ``results`` beside this file."""
     name, bandwidth = torch.cuda.get_device_name(), copy_bandwidth()
     print(f"{name}, {kernel_path('uniform', 'cuda')}, a copy moves {bandwidth / 1e9:.0f} GB/s, x in bfloat16")
     head = f"{'shape':>12} {'format':>10} {'batch':>5} {'µs':>8} {'GB/s':>6} {'of copy':>7} {'x bf16':>6} {'error':>8}"
     print(f"{head} (bf16)    residual of " + ", ".join(f"{density:.2%}" for density in DENSITIES[1:]))
+    if output is None:
+        output = Path(__file__).parent / "results" / f"{name.lower().replace(' ', '-')}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "device": name,
+        "path": kernel_path("uniform", "cuda"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "copy_gbytes_per_s": bandwidth / 1e9,
+    }
     results = []
     for shape in shapes:
         for result in measure(shape, FORMATS, BATCHES, bandwidth):
@@ -147,16 +155,6 @@ def main(output: Path | None, shapes: Sequence[tuple[int, int]] = SHAPES) -> Non
                 + ", ".join(f"{cost:+.1%}" for cost in costs),
                 flush=True,
             )
-    report = {
-        "device": name,
-        "path": kernel_path("uniform", "cuda"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "copy_gbytes_per_s": bandwidth / 1e9,
-        "results": results,
-    }
-    if output is None:
-        output = Path(__file__).parent / "results" / f"{name.lower().replace(' ', '-')}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
+        # a shape at a time: what is measured stays, whatever ends the rest
+        output.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
     print(f"written to {output}")

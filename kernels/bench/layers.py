@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..bitstream import pack_codes
 
-__all__ = ["DENSITIES", "DENSITY", "FORMATS", "Format", "canonical", "residual", "weight_of"]
+__all__ = ["DENSITIES", "DENSITY", "FORMATS", "LLAMA_3", "Format", "canonical", "residual", "weight_of"]
 
 
 class Format(NamedTuple):
@@ -30,6 +30,13 @@ FORMATS = (
     *(Format("lut", bits) for bits in (2, 3, 4)),
     *(Format("trellis", bits, state_bits=12) for bits in (2, 3, 4)),
 )
+LLAMA_3 = {
+    "8b": ((4096, 4096), (6144, 4096), (28_672, 4096), (4096, 14_336)),
+    "1b": ((2048, 2048), (3072, 2048), (16_384, 2048), (2048, 8192)),
+    "3b": ((3072, 3072), (5120, 3072), (16_384, 3072), (3072, 8192)),
+    "70b": ((8192, 8192), (10_240, 8192), (57_344, 8192), (8192, 28_672)),
+}
+"""``(out_features, in_features)`` by model: output, query with key and value, gate with up, and down projections."""
 DENSITY = 0.0005
 DENSITIES = (0.0, DENSITY, 0.005)
 _DEQUANTIZE: dict[str, Callable[..., Tensor]] = {

@@ -1,25 +1,29 @@
 """``python -m vllm_requant.kernels.bench --device cuda --tune``: measure which variant of a kernel is the fastest.
 
-For the layers of Llama 3 8B, each format and class of batches; see gpu/tuning.py.
+For the layers of Llama 3 models, each format and class of batches; see gpu/tuning.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..gpu import native, ops, tuning
 from ..gpu.weights import NAMES, Weights
-from .gpu import SHAPES, Layers, microseconds
-from .layers import FORMATS, canonical
+from .gpu import Layers, microseconds
+from .layers import FORMATS, LLAMA_3, canonical
 
 __all__ = ["tune"]
 
 
-def tune() -> None:
-    """Measure, print and keep."""
-    table: tuning.Table = {}
-    for shape in SHAPES:
+def tune(models: Sequence[str]) -> None:
+    """Measure, print and keep.
+
+    Args:
+        models: keys of :data:`LLAMA_3`.
+    """
+    for shape in dict.fromkeys(shape for model in models for shape in LLAMA_3[model]):
+        table: tuning.Table = {}
         for form in FORMATS:
             layers = Layers(form, canonical(form, *shape, "cuda"), shape)
             kind, bits, group_size, state_bits = form
@@ -28,9 +32,10 @@ def tune() -> None:
                 for layer in layers.copies
             ]
             entries = {str(size): _best(copies, size) for size in tuning.CLASSES}
-            table.setdefault(f"{kind}{bits}", {})[f"{shape[0]}x{shape[1]}"] = entries
+            table[f"{kind}{bits}"] = {f"{shape[0]}x{shape[1]}": entries}
             print(f"{shape[0]}x{shape[1]} {kind}{bits}: {entries}", flush=True)
-    print(f"written to {tuning.save(table)}")
+        path = tuning.save(table)  # a shape at a time: what is measured stays, whatever ends the rest
+    print(f"written to {path}")
 
 
 def _best(copies: list[Weights], size: int) -> list[int] | None:
@@ -41,9 +46,8 @@ def _best(copies: list[Weights], size: int) -> list[int] | None:
     if size >= 16:
         calls[None] = lambda w: ops.by_panels(x, w)
     if w.kind == "trellis":
-        first = 0 if x.shape[0] <= 4 else 4
-        for index, trellis in enumerate(native.TRELLIS_VARIANTS[first : first + 4]):
-            if size <= 32 and w.in_features // (trellis.lanes // 2) >= 256:
+        for index, trellis in enumerate(native.trellis_candidates(w, x.shape[0])):
+            if size <= 32 and trellis is not None:
                 calls[(index,)] = lambda w, v=trellis: native.trellis(w, x, v)  # type: ignore[misc]
     else:
         for matvec in native.matvec_candidates(w, size):

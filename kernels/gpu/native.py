@@ -27,6 +27,7 @@ __all__ = [
     "source",
     "takes_trellis",
     "trellis",
+    "trellis_candidates",
     "trellis_variant",
 ]
 
@@ -106,7 +107,7 @@ def _table_bytes(bits: int, slots: int) -> int:
 
 
 def _alignment_bytes(bits: int) -> int:
-    """By which tables may begin later: one of 4 bits begins anywhere, others at a multiple of half of what they take."""
+    """By which tables may begin later: of 4 bits anywhere, others at a multiple of half of what they take."""
     return 0 if bits == 4 else _table_bytes(bits, 32) // 2
 
 
@@ -125,6 +126,17 @@ class TrellisVariant(NamedTuple):
     @property
     def instance(self) -> str:
         return f"TRELLIS({', '.join(map(str, self))})"
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the columns."""
+        return self.lanes // 2
+
+    def shared(self, w: Weights, batch: int) -> int:
+        """Bytes of shared memory, as trellis.cu lays it out; more than four activations are rotated beforehand."""
+        share = min(batch, 4 * self.n_tiles)
+        records = 0 if batch > 4 else 2 * -(-_pieces(w) // self.splits) + 1
+        return (2 * (8 + 1) * 128 * 4 + records * _RECORD) * share
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -173,11 +185,13 @@ def matvec_candidates(w: Weights, batch: int) -> list[Matvec]:
     """Variants that can serve a layer and a batch."""
     size, chunks = tuning.batch_class(batch), _chunks(w)
     fitting = [v for v in MATVEC_VARIANTS if v.single == (size == 1) and 8 * v.n_tiles == max(size, 8)]
+    # of one activation it takes so few rows for blocks to share the columns
+    several = size > 1 or w.codes.shape[0] <= 128
     every = [
         v._replace(splits=splits, blocks=blocks)
         for v in fitting
-        for splits in ((1,) if size == 1 else (1, 2, 4))
-        for blocks in (1, 2, 3, 4, 5, 6)
+        for splits in ((1, 2, 4, 8) if several else (1,))
+        for blocks in (1, 2, 3, 4)
         if splits <= chunks and blocks <= v.resident
     ]
     return [v for v in every if v.shared(w, size) <= _SHARED]
@@ -198,10 +212,24 @@ def matvec_variant(w: Weights, batch: int) -> Matvec | None:
     return chosen if chosen.shared(w, size) <= _SHARED else None
 
 
+def _pieces(w: Weights) -> int:
+    """Of 128 columns, which are rotated together."""
+    return -(-w.in_features // 128)
+
+
+def trellis_candidates(w: Weights, batch: int) -> list[TrellisVariant | None]:
+    """Variants that can serve a layer and a batch, None in the place of those that cannot."""
+    first = 0 if batch <= 4 else 4  # those of four activations, of eight
+    return [
+        v if w.in_features // v.splits >= 256 and v.shared(w, batch) <= _SHARED else None
+        for v in TRELLIS_VARIANTS[first : first + 4]
+    ]
+
+
 def trellis_variant(w: Weights, batch: int) -> TrellisVariant | None:
     """The variant for a layer and a batch; None where expanded weights are faster."""
     known, entry = _tuned(w, batch)
-    first = 0 if batch <= 4 else 4  # those of four activations, of eight
+    first = 0 if batch <= 4 else 4
     if known:
         return None if entry is None else TRELLIS_VARIANTS[first + entry[0]]
     if batch > 32:
@@ -357,31 +385,25 @@ def trellis(w: Weights, x: Tensor, variant: TrellisVariant) -> Tensor:
         x: float16 or bfloat16 ``[batch, in_features]``, rows a multiple of 8 bytes apart.
         variant: see :func:`trellis_variant`.
     """
-    batch, columns = x.shape
-    rows = w.out_features
+    batch, rows = x.shape[0], w.out_features
     module = _compiled("trellis", w, x, STATE_BITS=w.state_bits)
     y = torch.empty(batch, rows, dtype=x.dtype, device=x.device)
-    splits, most = variant.lanes // 2, 4 * variant.n_tiles
+    splits, most = variant.splits, 4 * variant.n_tiles
     partial = y
     if splits > 1:
         partial = torch.empty(splits + 1, batch, rows, dtype=torch.float32, device=x.device)
-    pieces = -(-columns // 128)
-    rotated = None
+    pieces, rotated = _pieces(w), None
     if batch > 4:
         rotated = torch.empty(2 * pieces * batch * _RECORD, dtype=torch.uint8, device=x.device)
     arguments = _trellis_arguments(w, x, y, partial)
     arguments.rotated = None if rotated is None else rotated.data_ptr()
     device = x.get_device()
     stream, overlap = torch.cuda.current_stream(device).cuda_stream, _overlaps(device)
-    share = min(batch, most)
-    shared = 2 * (8 + 1) * share * 128 * 4
-    if rotated is None:
-        shared += (2 * -(-pieces // splits) + 1) * share * _RECORD
-    else:
+    if rotated is not None:
         module.kernel("rotate_activations")((-(-pieces * batch // 4), 1, 1), 128, 0, arguments, stream, overlap)
     blocks = max(1, _multiprocessors(device) * variant.blocks // splits)
     grid = (min(rows // 128, blocks), splits, -(-batch // most))
-    module.kernel(variant.name)(grid, 256, shared, arguments, stream, overlap)
+    module.kernel(variant.name)(grid, 256, variant.shared(w, batch), arguments, stream, overlap)
     return y
 
 

@@ -2,9 +2,11 @@
 
 A table is by format (``uniform4``), shape (``4096x4096``: output by input features) and the largest batch of a class;
 an entry names a variant by its index in native.py and, but for a trellis, the number of blocks that share the columns
-of a row, or says that weights are expanded instead (null). ``python -m vllm_requant.kernels.bench --device cuda
---tune`` measures one for the device at hand and keeps it in the cache folder. Without one the rules of native.py hold,
-which were read off measurements on an H100.
+of a row and the blocks a multiprocessor, or says that weights are expanded instead (null). ``python -m
+vllm_requant.kernels.bench --device cuda --tune`` measures one for the device at hand and keeps it in the cache folder.
+
+Where that was not done a table that comes with the package serves devices of the same capability and number of
+multiprocessors, for the layers of Llama 3 1B, 3B, 8B and 70B; for what no table has the rules of native.py hold.
 """
 
 import json
@@ -28,6 +30,12 @@ def batch_class(batch: int) -> int:
     return next(size for size in CLASSES if batch <= size)
 
 
+def _shipped(device: int) -> Path:
+    properties = torch.cuda.get_device_properties(device)
+    name = f"sm{properties.major}{properties.minor}-{properties.multi_processor_count}.json"
+    return Path(__file__).parent / "tuned" / name
+
+
 def _measured_here(name: str) -> Path:
     return cache_folder() / "tuned" / f"{name.lower().replace(' ', '-')}.json"
 
@@ -41,26 +49,32 @@ def _read(path: Path) -> Table:
 
 
 @cache
-def _table(device: int) -> Table:
-    return _read(_measured_here(torch.cuda.get_device_name(device)))
+def _tables(device: int) -> tuple[Table, Table]:
+    return _read(_measured_here(torch.cuda.get_device_name(device))), _read(_shipped(device))
 
 
 def lookup(device: int, form: str, rows: int, columns: int, batch: int) -> tuple[bool, list[int] | None]:
     """Whether this was measured, and the entry."""
-    by_batch = _table(device).get(form, {}).get(f"{rows}x{columns}", {})
     key = str(batch_class(batch))
-    return key in by_batch, by_batch.get(key)
+    for table in _tables(device):
+        by_batch = table.get(form, {}).get(f"{rows}x{columns}", {})
+        if key in by_batch:
+            return True, by_batch[key]
+    return False, None
 
 
 def save(table: Table) -> Path:
-    """Keep a table for the current device, in place of an earlier one."""
+    """Keep a table for the current device, beside what an earlier one has on other formats and shapes."""
     path = _measured_here(torch.cuda.get_device_name())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    kept = _read(path)
+    for form, shapes in table.items():
+        kept[form] = kept.get(form, {}) | shapes
+    path.write_text(json.dumps(kept, indent=1) + "\n")
     clear()
     return path
 
 
 def clear() -> None:
     """Forget what was read."""
-    _table.cache_clear()
+    _tables.cache_clear()

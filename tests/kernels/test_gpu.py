@@ -4,6 +4,7 @@ Without a GPU Triton's interpreter runs the Triton kernels on the CPU, in a proc
 the CUDA C++ kernels; with one (``make test-gpu``) all of them run for real.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -100,20 +101,31 @@ def interpreted(dtype: torch.dtype) -> float:
     return 5 if dtype == torch.bfloat16 and not REAL else 1
 
 
+class Product:
+    """What ``x · weightᵀ`` may be: no further from the exact product than rounding weights and result to the type of
+    ``x`` explains."""
+
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.dtype, self.eps = x.dtype, torch.finfo(x.dtype).eps
+        wide, exactly = x.cpu().double(), weight.double().t()
+        self.exact = wide @ exactly
+        # both roundings are of half a unit; a residual is added to what is rounded already
+        self.bound = 1.5 * self.eps * (wide.abs() @ exactly.abs()) + self.eps * self.exact.abs() + 1e-6
+        self.rounded = (wide @ weight.to(x.dtype).double().t()).to(x.dtype).double()
+
+    def check(self, y: Tensor, slack: float = 1) -> None:
+        off = y.cpu().double() - self.exact
+        assert y.dtype == self.dtype and y.shape == self.exact.shape
+        if y.dtype == torch.float32:  # sums alone
+            assert bool((off.abs() <= 16 * slack * self.bound).all())
+            return
+        assert bool((off.abs() <= slack * self.bound).all())
+        by_rounding = (self.rounded - self.exact).norm()
+        assert off.norm() <= 1.15 * slack * by_rounding + 1e-4 * self.eps * self.exact.norm()
+
+
 def assert_product(y: Tensor, x: Tensor, weight: Tensor, slack: float = 1) -> None:
-    """No further from the exact product than rounding weights and result to the type of ``x`` explains."""
-    wide, exact = x.cpu().double(), x.cpu().double() @ weight.double().t()
-    eps = torch.finfo(x.dtype).eps
-    # both roundings are of half a unit; a residual is added to what is rounded already
-    bound = 1.5 * eps * (wide.abs() @ weight.double().abs().t()) + eps * exact.abs() + 1e-6
-    if x.dtype == torch.float32:  # sums alone
-        bound = 16 * bound
-    assert y.dtype == x.dtype and y.shape == exact.shape
-    assert bool(((y.cpu().double() - exact).abs() <= slack * bound).all())
-    if x.dtype == torch.float32:
-        return
-    rounded = (wide @ weight.to(x.dtype).double().t()).to(x.dtype).double()
-    assert (y.cpu().double() - exact).norm() <= 1.15 * slack * (rounded - exact).norm() + 1e-4 * eps * exact.norm()
+    Product(x, weight).check(y, slack)
 
 
 # ---- Triton ------------------------------------------------------------------------------------------------
@@ -220,17 +232,47 @@ def test_variants_are_compiled_together_and_fit(kind: str, bits: int, group_size
 def test_measured_tables_are_kept_and_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("REQUANT_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(tuning, "_shipped", lambda device: tmp_path / "shipped.json")
+    (tmp_path / "shipped.json").write_text('{"lut4": {"64x64": {"1": [0, 1, 2], "64": [9, 1, 1]}}}')
     tuning.clear()
     try:
         assert tuning.lookup(0, "lut4", 64, 64, 3) == (False, None)
+        assert tuning.lookup(0, "lut4", 64, 64, 33) == (True, [9, 1, 1])
         table: tuning.Table = {"lut4": {"64x64": {"8": [3, 2, 1], "64": None}}}
         assert tuning.save(table) == tmp_path / "tuned" / "some-gpu.json"
         assert tuning.lookup(0, "lut4", 64, 64, 3) == (True, [3, 2, 1])
+        # what was measured here counts, what was not comes with the package
         assert tuning.lookup(0, "lut4", 64, 64, 33) == (True, None)
-        assert tuning.lookup(0, "lut4", 64, 64, 1) == (False, None)
+        assert tuning.lookup(0, "lut4", 64, 64, 1) == (True, [0, 1, 2])
         assert tuning.lookup(0, "lut3", 64, 64, 3) == (False, None)
+        tuning.save({"lut4": {"32x64": {"1": None}}, "lut3": {"64x64": {"1": None}}})
+        assert tuning.lookup(0, "lut4", 64, 64, 3) == (True, [3, 2, 1])
+        assert tuning.lookup(0, "lut3", 64, 64, 1) == (True, None)
     finally:
         tuning.clear()
+
+
+@pytest.mark.parametrize("path", sorted((Path(tuning.__file__).parent / "tuned").glob("*.json")), ids=lambda p: p.stem)
+def test_tables_of_the_package_name_variants_that_fit(path: Path) -> None:
+    nothing = torch.empty(0)
+    for form, shapes in json.loads(path.read_text()).items():
+        kind, bits = form[:-1], int(form[-1])
+        group_size = {2: 64, 3: 64}.get(bits, 128) if kind == "uniform" else 0
+        for shape, entries in shapes.items():
+            rows, columns = map(int, shape.split("x"))
+            codes = torch.empty(*tiles_of(rows, columns), 1, device="meta")
+            w = Weights(codes, *[nothing] * 7, kind, bits, group_size, 0, columns, rows)
+            for size, entry in entries.items():
+                assert int(size) in tuning.CLASSES
+                if entry is None:
+                    continue
+                if kind == "trellis":
+                    for batch in {4, int(size)} if int(size) == 8 else {int(size)}:
+                        assert native.trellis_candidates(w, batch)[entry[0]] is not None
+                    continue
+                index, splits, blocks = entry
+                wanted = native.MATVEC_VARIANTS[index]._replace(splits=splits, blocks=blocks)
+                assert wanted in native.matvec_candidates(w, int(size))
 
 
 def test_other_dimensions_are_refused(make_layer: Callable) -> None:
@@ -268,9 +310,10 @@ def test_fused_product(
         x = torch.randn(batch, columns, device=DEVICE).to(dtype)
         poison = torch.full((batch, rows), float("nan"), dtype=dtype, device=DEVICE)
         del poison
+        product = Product(x, weight)
         for variant in native.matvec_candidates(w, batch):
             y = native.matvec(w, x, variant)
-            assert_product(y, x, weight)
+            product.check(y)
             assert torch.equal(y, native.matvec(w, x, variant))
             assert not w.locks.any()
     expanded = native.expand(w, dtype, 16, rows - 16).cpu().float()
@@ -286,9 +329,10 @@ def test_fused_trellis(bits: int, state_bits: int, dtype: torch.dtype, rows: int
     assert native.takes_trellis(w)
     for batch in (1, 3, 4, 5, 16):
         x = torch.randn(batch, columns, device=DEVICE).to(dtype)
+        product = Product(x, weight)
         for variant in native.TRELLIS_VARIANTS[0 if batch <= 4 else 4 :][:4]:
             y = native.trellis(w, x, variant)
-            assert_product(y, x, weight)
+            product.check(y)
             assert torch.equal(y, native.trellis(w, x, variant))
             assert not w.locks.any()
     expanded = native.expand_trellis(w, dtype).cpu().float()

@@ -14,6 +14,17 @@ from ..offline.models import ModelError, load_tokenizer
 __all__ = ["SHAPES", "write"]
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama",
+        "rope_theta": 100000.0,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-1b": {
         "model_type": "llama",
         "rope_theta": 500000.0,
