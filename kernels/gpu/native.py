@@ -257,8 +257,8 @@ def _overlaps(device: int) -> bool:
 
 
 _SOURCES = {
-    "matvec": ("primitives.cuh", "codes.cuh", "matvec.cu", "expand.cu"),
-    "trellis": ("primitives.cuh", "strings.cuh", "trellis.cu", "expand_strings.cu"),
+    "matvec": ("types.cuh", "primitives.cuh", "codes.cuh", "matvec.cu", "expand.cu"),
+    "trellis": ("types.cuh", "primitives.cuh", "strings.cuh", "trellis.cu", "expand_strings.cu"),
 }
 
 

@@ -19,7 +19,7 @@ from vllm_requant.kernels.reference import TILE, hadamard_blocks, trellis_code
 from .base import Base, DenseLayer, LayerData, Need
 from .feedback import block_feedback
 from .uniform import SMALLEST_SCALE
-from .viterbi import trellis_path
+from .viterbi import code_on, trellis_path
 
 __all__ = ["CodeFit", "Qtip", "code_fit", "hadamard_block"]
 
@@ -103,7 +103,7 @@ class Qtip(Base):
     def _states(self, rotated: Tensor, hessian: Tensor, scales: Tensor, spec: TrellisSpec) -> Tensor:
         """Block error feedback: int32 ``[row blocks, tiles, TILE]``."""
         width, rows = spec.tile_columns, spec.block_out
-        code = trellis_code(self.state_bits).to(rotated.device)
+        code = code_on(rotated.device, self.state_bits)
         # a scale of 0 stands for a block of zeros
         by_block = scales.float().clamp(min=SMALLEST_SCALE)
         by_column = by_block.repeat_interleave(spec.block_in, 1).repeat_interleave(rows, 0)

@@ -1,19 +1,38 @@
-"""The best closed path through a bitshift trellis: in C++ on the CPU, by tensor operations on other devices.
+"""The best closed path through a bitshift trellis: in C++ on the CPU, in CUDA C++ on a GPU, by tensor operations where
+neither serves.
 
-Both follow the same plan: Viterbi on the sequence rotated by half finds good bits for the seam of the circle, and a
+All follow the same plan: Viterbi on the sequence rotated by half finds good bits for the seam of the circle, and a
 second pass takes them as given (arXiv 2406.11235, tail-biting).
 """
+
+import ctypes
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vllm_requant.kernels.gpu import driver
+from vllm_requant.kernels.reference import trellis_code
+
+from .. import native
 from ..native import library
 
-__all__ = ["closed_paths", "trellis_path"]
+__all__ = ["SOURCE", "closed_paths", "code_on", "trellis_path"]
 
 _ROTATIONS = 1  # tries to close a string; more gain less than 1 %
 _STATES_AT_ONCE = 1 << 25  # costs held at a time
 _UNREACHABLE = 1e30
+_SHARED = 224 << 10  # bytes of a multiprocessor's shared memory that a block may take
+_TYPES = Path(driver.__file__).parent / "cuda" / "types.cuh"
+SOURCE = Path(native.__file__).parent / "viterbi.cu"
+"""The GPU's kernel."""
+
+
+@cache
+def code_on(device: torch.device, state_bits: int) -> Tensor:
+    """:func:`trellis_code` on a device; the same tensor every time, by which the GPU's kernel knows it."""
+    return trellis_code(state_bits).to(device)
 
 
 def trellis_path(values: Tensor, code: Tensor, bits: int, *, rotations: int = _ROTATIONS) -> Tensor:
@@ -77,6 +96,8 @@ def _closed(x: Tensor, code: Tensor, bits: int, rotations: int) -> Tensor:
 
 def _viterbi(x: Tensor, code: Tensor, bits: int, seam: Tensor | None) -> Tensor:
     """Best paths ``[sequences, length]``, int64; with a seam, those whose ends meet in it."""
+    if _on_gpu(x, code, bits):
+        return _viterbi_on_gpu(x.contiguous(), code.numel().bit_length() - 1, bits, seam)
     sequences, length = x.shape
     groups, fan = code.numel() >> bits, 1 << bits
     state = torch.arange(code.numel(), device=x.device)
@@ -99,3 +120,50 @@ def _viterbi(x: Tensor, code: Tensor, bits: int, seam: Tensor | None) -> Tensor:
         if i:
             last = low << bits | came[i].gather(1, low[:, None])[:, 0].long()
     return path
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "seam", "came", "states")),
+        ("length", ctypes.c_int),
+    )
+
+
+def _on_gpu(x: Tensor, code: Tensor, bits: int) -> bool:
+    """Whether the kernel serves: it computes the code itself, and keeps costs in shared memory."""
+    if x.device.type != "cuda" or not driver.available() or _shared(code.numel(), bits) > _SHARED:
+        return False
+    return code is code_on(code.device, code.numel().bit_length() - 1)
+
+
+def _shared(states: int, bits: int) -> int:
+    return 2 * 4 * max(states >> bits, _threads(states, bits))
+
+
+def _threads(states: int, bits: int) -> int:
+    return max(32, min(1024, states >> bits))
+
+
+@cache
+def _module(state_bits: int, bits: int, device: int) -> driver.Module:
+    macros = {"STATE_BITS": state_bits, "BITS": bits, "THREADS": _threads(1 << state_bits, bits)}
+    with torch.cuda.device(device):
+        return driver.Module(_TYPES.read_text() + SOURCE.read_text(), macros)
+
+
+def _viterbi_on_gpu(x: Tensor, state_bits: int, bits: int, seam: Tensor | None) -> Tensor:
+    sequences, length = x.shape
+    groups, threads = 1 << (state_bits - bits), _threads(1 << state_bits, bits)
+    came = torch.empty(sequences, length, groups, dtype=torch.uint8, device=x.device)
+    states = torch.empty(sequences, length, dtype=torch.int32, device=x.device)
+    ends = None if seam is None else seam.to(torch.int32).contiguous()
+    arguments = _Arguments(
+        x.data_ptr(), None if ends is None else ends.data_ptr(), came.data_ptr(), states.data_ptr(), length
+    )
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel = _module(state_bits, bits, x.get_device()).kernel("viterbi")
+    kernel((sequences, 1, 1), threads, _shared(1 << state_bits, bits), arguments, stream)
+    return states.long()

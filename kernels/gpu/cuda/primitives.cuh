@@ -1,18 +1,5 @@
-// What the kernels share: PTX instructions by name, reductions and the residual. No headers, so that NVRTC compiles it
-// wherever it is. Compile-time settings come as macros: BF16 (activations are bfloat16, else float16) and WIDE (columns
+// What the kernels share: PTX instructions by name, reductions and the residual. Compile-time settings come as macros: BF16 (activations are bfloat16, else float16) and WIDE (columns
 // of the residual take 32 bits).
-#ifdef __CUDACC_RTC__
-typedef unsigned char uint8_t;
-typedef signed char int8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef unsigned long uint64_t;
-typedef long int64_t;
-#else
-#include <stdint.h>
-#endif
-
-#define DEVICE __device__ __forceinline__
 
 // ---- numbers ----------------------------------------------------------------------------------------------
 
