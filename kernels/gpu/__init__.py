@@ -8,9 +8,9 @@ from functools import cache
 
 import torch
 
-from . import driver, ops, weights
+from . import driver, experts, ops, weights
 
-__all__ = ["ops", "path", "weights"]
+__all__ = ["experts", "ops", "path", "weights"]
 
 _OLDEST = (8, 0)  # compute capability: asynchronous copies, products of bytes and of bfloat16
 

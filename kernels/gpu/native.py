@@ -21,6 +21,8 @@ __all__ = [
     "TrellisVariant",
     "expand",
     "expand_trellis",
+    "expert_products",
+    "instances",
     "matvec",
     "matvec_candidates",
     "matvec_variant",
@@ -145,9 +147,9 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 class _MatvecArguments(ctypes.Structure):
     _fields_ = (
-        *_fields(ctypes.c_void_p, "codes params zeros indptr entries x y partial locks"),
-        *_fields(ctypes.c_int64, "x_stride"),
-        *_fields(ctypes.c_int, "batch rows columns tiles groups"),
+        *_fields(ctypes.c_void_p, "codes params zeros indptr entries x y partial locks experts"),
+        *_fields(ctypes.c_int64, "x_stride codes_stride params_stride zeros_stride"),
+        *_fields(ctypes.c_int, "batch rows columns tiles groups share"),
         *_fields(ctypes.c_uint32, "group_factor"),
     )
 
@@ -178,6 +180,8 @@ MATVEC_VARIANTS = (
 TRELLIS_VARIANTS = tuple(
     TrellisVariant(n_tiles, lanes, 4, 3 - n_tiles) for n_tiles in (1, 2) for lanes in (2, 4, 8, 16)
 )
+EXPERTS = Matvec(1, True, 1, 3, 8, 4, blocks=4)
+"""The one variant of experts.cu."""
 _FIRST = {1: 2, 8: 7, 16: 9, 32: 10}  # untuned: of MATVEC_VARIANTS, by batch class
 
 
@@ -256,26 +260,43 @@ def _overlaps(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+_MATVEC_SOURCES = ("types.cuh", "primitives.cuh", "codes.cuh", "matvec.cu")
 _SOURCES = {
-    "matvec": ("types.cuh", "primitives.cuh", "codes.cuh", "matvec.cu", "expand.cu"),
+    "matvec": (*_MATVEC_SOURCES, "expand.cu"),
+    "experts": (*_MATVEC_SOURCES, "experts.cu"),
     "trellis": ("types.cuh", "primitives.cuh", "strings.cuh", "trellis.cu", "expand_strings.cu"),
 }
 
 
 @cache
 def source(name: str) -> str:
-    """CUDA C++ of a module: ``"matvec"`` or ``"trellis"``."""
+    """CUDA C++ of a module: ``"matvec"``, ``"experts"`` or ``"trellis"``."""
     folder = Path(__file__).parent / "cuda"
     return "".join((folder / file).read_text() for file in _SOURCES[name])
 
 
+def instances(name: str, variants: Sequence[Matvec | TrellisVariant]) -> tuple[str, list[str]]:
+    """What makes kernels of the templates of a module, and the names of all its kernels."""
+    text = "\n".join(variant.instance for variant in variants)
+    if name == "experts":
+        return text.replace("MATVEC", "EXPERTS"), ["experts"]
+    extra = ("expand_rows",) if name == "matvec" else ("rotate_activations", "expand_strings")
+    return text, [*extra, *(variant.name for variant in variants)]
+
+
+_VARIANTS: dict[str, Sequence[Matvec | TrellisVariant]] = {
+    "matvec": MATVEC_VARIANTS,
+    "experts": (EXPERTS,),
+    "trellis": TRELLIS_VARIANTS,
+}
+
+
 @cache
 def _module(name: str, defines: tuple[tuple[str, int], ...], device: int) -> Module:
-    variants: Sequence[Matvec | TrellisVariant] = MATVEC_VARIANTS if name == "matvec" else TRELLIS_VARIANTS
-    module = Module(source(name) + "\n".join(variant.instance for variant in variants), dict(defines))
+    text, names = instances(name, _VARIANTS[name])
+    module = Module(source(name) + text, dict(defines))
     # all at once: nothing is left to be loaded when a graph is captured
-    extra = ("expand_rows",) if name == "matvec" else ("rotate_activations", "expand_strings")
-    for kernel in (*extra, *(variant.name for variant in variants)):
+    for kernel in names:
         module.kernel(kernel)
     return module
 
@@ -316,6 +337,37 @@ def matvec(w: Weights, x: Tensor, variant: Matvec) -> Tensor:
     return y
 
 
+def expert_products(w: Weights, x: Tensor, experts: Tensor, share: int) -> Tensor:
+    """``x[p // share] · (dense + sparse)ᵀ`` with the weights of expert ``experts[p]``, for every ``p``.
+
+    Args:
+        w: of several experts, see :func:`vllm_requant.kernels.gpu.weights.stack`; ``uniform`` or ``lut``.
+        x: float16 or bfloat16 ``[pairs / share, in_features]``, in_features and rows as for :func:`matvec`.
+        experts: int32 ``[pairs]``, contiguous; below zero for one that is not here.
+
+    Returns:
+        ``[pairs, out_features]``, zeros where there is no expert.
+    """
+    one, pairs, device = w.expert(0), experts.numel(), x.get_device()
+    module = _matvec_module(one, x, "experts")
+    y = torch.zeros(pairs, w.out_features, dtype=x.dtype, device=x.device)
+    arguments = _matvec_arguments(one, x, y, y)
+    arguments.experts, arguments.batch, arguments.share = experts.data_ptr(), 1, share
+    arguments.codes_stride, arguments.zeros_stride = w.codes.stride(0), w.zeros.stride(0) // 2
+    arguments.params_stride = w.params.stride(0) // 2  # in words
+    multiprocessors = max(1, _multiprocessors(device) // pairs)  # for each
+    x_blocks, *_ = EXPERTS.grid(one, multiprocessors)
+    module.kernel("experts")(
+        (x_blocks, 1, pairs),
+        EXPERTS.threads,
+        EXPERTS.shared(one, 1),
+        arguments,
+        torch.cuda.current_stream(device).cuda_stream,
+        _overlaps(device),
+    )
+    return y
+
+
 def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None = None) -> Tensor:
     """Rows of ``dense + sparse`` of the ``uniform`` and ``lut`` kinds.
 
@@ -346,9 +398,9 @@ def expand(w: Weights, dtype: torch.dtype, first_row: int = 0, count: int | None
     return out
 
 
-def _matvec_module(w: Weights, x: Tensor) -> Module:
+def _matvec_module(w: Weights, x: Tensor, name: str = "matvec") -> Module:
     return _compiled(
-        "matvec",
+        name,
         w,
         x,
         LUT=int(w.lut),
@@ -368,12 +420,15 @@ def _matvec_arguments(w: Weights, x: Tensor, y: Tensor, partial: Tensor) -> _Mat
         y.data_ptr(),
         partial.data_ptr(),
         w.locks.data_ptr(),
+        None,
         x.stride(0),
+        *(0, 0, 0),
         x.shape[0],
         w.out_features,
         w.in_features,
         w.codes.shape[1],
         0 if w.lut else w.params.shape[1],
+        1,
         0 if w.lut else -(-(1 << 32) // (2 * (w.group_size // 32))),
     )
 

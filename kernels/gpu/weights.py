@@ -1,6 +1,6 @@
 """A layer's run-time tensors on a GPU, made once from the canonical ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..bitstream import unpack_codes
 from . import layout
 
-__all__ = ["NAMES", "Weights", "repack"]
+__all__ = ["NAMES", "Weights", "expert_of", "repack", "stack"]
 
 NAMES = ("codes", "params", "zeros", "signs_in", "signs_out", "sparse_indptr", "sparse_entries", "locks")
 """Of the run-time tensors; those that a kind does not have are empty."""
@@ -66,6 +66,11 @@ class Weights(NamedTuple):
             1 << self.bits if self.lut else groups
         )
         return right and (not self.lut or self.params.shape[0] == self.out_features)
+
+    def expert(self, number: int) -> "Weights":
+        """Those of one expert, see :func:`expert_of`."""
+        tensors = {name: getattr(self, name) for name in NAMES}
+        return self._replace(**expert_of(tensors, number))  # type: ignore[arg-type]
 
     @property
     def block_out(self) -> int:
@@ -127,3 +132,44 @@ def repack(
         out["sparse_entries"] = layout.residual_entries(here["sparse_indices"], here["sparse_values"], in_features)
     out["locks"] = torch.zeros(-(-rows // layout.ROWS), dtype=torch.int32, device=device)
     return {name: out[name] for name in NAMES}
+
+
+def expert_of(stacked: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """One expert's run-time tensors, views of what :func:`stack` made; row pointers go on counting entries of all."""
+    of_experts = ("codes", "params", "zeros", "sparse_indptr")
+    return {
+        name: tensor[number] if name in of_experts and tensor.numel() else tensor for name, tensor in stacked.items()
+    }
+
+
+def stack(experts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Run-time tensors of a layer of experts from those of its experts, which have one format and shape.
+
+    Args:
+        experts: what :func:`repack` returned for each, of the ``uniform`` or ``lut`` kind.
+
+    Returns:
+        ``codes``, ``params`` and ``zeros`` with the experts as first dimension; ``sparse_entries`` of all one behind
+        the other, and ``sparse_indptr`` ``[experts, out_features + 1]`` that count them through; the rest of one.
+
+    Raises:
+        ValueError: there are more entries than int32 counts.
+    """
+    out = dict(experts[0]) | {
+        name: torch.stack([one[name] for one in experts]) for name in ("codes", "params", "zeros")
+    }
+    counts = [one["sparse_entries"].numel() for one in experts]
+    if not any(counts):
+        return out
+    if sum(counts) > torch.iinfo(torch.int32).max:
+        raise ValueError(f"{sum(counts)} entries of residuals in one layer of experts; at most 2³¹ − 1 can be counted")
+    whole = next(one for one, count in zip(experts, counts, strict=True) if count)
+    nothing = torch.zeros_like(whole["sparse_indptr"])
+    before, rows = 0, []
+    for one, count in zip(experts, counts, strict=True):
+        rows.append((one["sparse_indptr"] if count else nothing) + before)
+        before += count
+    return out | {
+        "sparse_indptr": torch.stack(rows),
+        "sparse_entries": torch.cat([one["sparse_entries"].to(whole["sparse_entries"].dtype) for one in experts]),
+    }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vllm_requant.kernels.gpu import native
 from vllm_requant.kernels.gpu.native import Matvec, TrellisVariant
+from vllm_requant.kernels.gpu.weights import NAMES, stack
 
 from .test_gpu import assert_product, trellis, weights_of
 
@@ -59,15 +60,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable]:
         source = SHIFT.sub(r"\1 = \2 << (\3);", source.replace(SHARED, "char* const shared = shared_memory;"))
         source = source.replace("__shared__ __align__(16)", "alignas(16) static")
         assert "asm" not in re.sub(r"//.*", "", source)
-        kernels = [variant.name for variant in variants]
-        kernels += ["expand_rows"] if name == "matvec" else ["rotate_activations", "expand_strings"]
+        instances, kernels = native.instances(name, variants)
         entries = "".join(
             f'extern "C" void run_{kernel}(const Arguments* in, int x, int y, int z, int threads, int shared) '
             f"{{ run([=] {{ {kernel}(*in); }}, x, y, z, threads, shared); }}\n"
             for kernel in kernels
         )
         macros = "".join(f"#define {key} {value}\n" for key, value in defines)
-        instances = "\n".join(variant.instance for variant in variants)
         file = folder / f"{count}.cpp"
         file.write_text(f'{macros}#include "{HERE}/cuda_on_threads.h"\n{source}\n{instances}\n{entries}')
         library = file.with_suffix(".so")
@@ -165,3 +164,46 @@ def test_trellis(
             assert_product(native.trellis(w, x, variant), x, weight)
             assert not w.locks.any()
     assert_rounded(native.expand_trellis(w, dtype, 128, 128), weight[128:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "group_size", "columns", "dtype"),
+    [
+        ("uniform", 4, 64, 320, torch.bfloat16),
+        ("uniform", 3, 32, 96, torch.float16),
+        ("lut", 3, 0, 260, torch.bfloat16),
+    ],
+)
+def test_products_with_experts(
+    make_layer: Callable,
+    build: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    bits: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(native, "_module", build((native.EXPERTS,)))
+    rows = 40
+    layers = [make_layer(kind, bits, group_size, rows, columns, density=density) for density in (0.05, 0, 0.02)]
+    for number, layer in enumerate(layers):  # of one seed: different all the same
+        layer.tensors["qweight"] ^= number
+    of_each = [weights_of(layer) for layer in layers]
+    w = of_each[0]._replace(**stack([dict(zip(NAMES, one, strict=False)) for one in of_each]))
+    experts = torch.tensor([2, 0, -1, 1, 1, 2], dtype=torch.int32)
+    for share in (1, 2, 3):
+        x = torch.randn(len(experts) // share, columns).to(dtype)
+        y = native.expert_products(w, x, experts, share)
+        assert y.shape == (len(experts), rows)
+        for p, expert in enumerate(experts.tolist()):
+            if expert < 0:
+                assert not y[p].any()
+            else:
+                assert_product(y[p : p + 1], x[p // share][None], layers[expert].weight())
+    # one expert's weights serve every other kernel
+    alone, own = w.expert(2), of_each[2]
+    assert torch.equal(alone.codes, own.codes) and torch.equal(alone.params, own.params)
+    first = int(alone.sparse_indptr[0])
+    assert torch.equal(alone.sparse_indptr - first, own.sparse_indptr)
+    assert torch.equal(alone.sparse_entries[first:], own.sparse_entries)

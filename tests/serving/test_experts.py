@@ -14,7 +14,10 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 
 from tests.serving.vllm_layers import FORMATS, assert_close, quant_config, random_layer
 from vllm_requant.format import QuantizedLayer, ReQuantFormatError
+from vllm_requant.kernels.bench.layers import Format, weight_of
+from vllm_requant.kernels.gpu import weights as gpu_weights
 from vllm_requant.serving import experts as serving
+from vllm_requant.serving import segments
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 4, 2, 64, 128
 PREFIX = "model.layers.0.mlp.experts"
@@ -165,6 +168,54 @@ def test_every_expert_on_other_devices(fmt: dict[str, Any], monkeypatch: pytest.
         module = load(build(quant_config(layers), parallel()), layers)
     assert module.quant_method.segments
     assert_close(outputs(module, *routed()), expected(layers, *routed()))
+
+
+@pytest.mark.parametrize("name", ["uniform4", "lut4-sparse"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_chosen_experts_on_a_gpu(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of all experts lie in one, as GPUs have them; the kernels, which are tested there, are stood in for."""
+    dense: list[tuple[dict[str, Tensor], Tensor]] = []
+
+    def repack(kind: str, tensors: Any, *, bits: int, group_size: int = 0, in_features: int, **_: Any) -> Any:
+        made = gpu_weights.repack(kind, tensors, None, bits=bits, in_features=in_features, device=torch.device("cpu"))
+        dense.append((made, weight_of(Format(kind, bits, group_size), tensors, in_features)))
+        return made
+
+    def weight(weights: Any) -> Tensor:
+        names = ("codes", "params")
+        return next(w for made, w in dense if all(torch.equal(made[name], weights[name]) for name in names))
+
+    calls: list[str] = []
+
+    def chosen(kind: str, x: Tensor, experts: Tensor, weights: Any, *, share: int, out_features: int, **_: Any) -> Any:
+        calls.append("chosen")
+        y = torch.zeros(len(experts), out_features, dtype=x.dtype)
+        for p, number in enumerate(experts.tolist()):
+            if number >= 0:
+                y[p] = (weight(gpu_weights.expert_of(weights, number)) @ x[p // share].float()).to(x.dtype)
+        return y
+
+    def every(kind: str, x: Tensor, weights: Any, **_: Any) -> Tensor:
+        calls.append("every")
+        return (x.float() @ weight(weights).t()).to(x.dtype)
+
+    monkeypatch.setattr(serving, "on_cpu", lambda device: False)
+    monkeypatch.setattr(serving.gpu, "serves", lambda kind, columns, device: True)
+    monkeypatch.setattr(serving.gpu, "linear", chosen)
+    monkeypatch.setattr(segments.kernels, "repack", repack)
+    monkeypatch.setattr(segments.kernels, "linear", every)
+    layers = stored(FORMATS[name])
+    for dtype, experts, expected_calls in ((torch.bfloat16, ranks > 1, "chosen"), (torch.float32, False, "every")):
+        parts = []
+        for rank in range(ranks):
+            dense.clear(), calls.clear()
+            module = load(build(quant_config(layers), parallel(ranks, rank, experts=experts)), layers)
+            assert module.quant_method.stacked and not module.quant_method.segments
+            x, routing, ids = routed()
+            parts.append(outputs(module, x.to(dtype), routing, ids).float())
+            assert set(calls) == {expected_calls}
+        found, right = torch.stack(parts).sum(0), expected(layers, *routed())
+        assert (found - right).norm() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * right.norm()
 
 
 def test_bytes_of_a_step_are_those_of_a_tokens_experts() -> None:

@@ -4,7 +4,7 @@ A tensor-parallel rank holds its part of every expert, an expert-parallel one al
 and sums up ranks; here a token's experts are computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from ..format import LayerSpec
 from ..kernels import experts as kernels
+from ..kernels.gpu import experts as gpu
+from ..kernels.gpu.weights import expert_of, stack
 from .linear import require_row_borders, require_split
-from .segments import Segment, make_segments, register_segments, report_ready, segments_linear
+from .segments import Segment, make_segments, parts_linear, register_segments, report_ready, segment_weights
 from .stash import StoredModule, WeightStash
 
 if TYPE_CHECKING:
@@ -89,7 +91,10 @@ class RequantExpertsMethod(FusedMoEMethodBase):
         super().__init__(moe)
         self.config = config
         self.modules = dict(modules)
+        # gate and up, and down: of every expert, or of all in one
         self.segments: list[tuple[tuple[Segment, ...], tuple[Segment, ...]]] = []
+        self.stacked: tuple[tuple[Segment, ...], tuple[Segment, ...]] | None = None
+        self.local_experts = 0
         self.intermediate = 0
         self.activation = ""
         self._stashes: tuple[ExpertStash, ExpertStash] | None = None
@@ -183,21 +188,35 @@ class RequantExpertsMethod(FusedMoEMethodBase):
         stashes, self._stashes = self._stashes, None
         (first, device), (second, _) = (stash.finish(layer) for stash in stashes)
         share = layer.top_k / layer.global_num_experts
-        packed = []
-        for number, down in enumerate(second):
-            both = make_segments(first[2 * number : 2 * number + 2], device, self.config, read_share=share)
-            last = make_segments([down], device, self.config, read_share=share)
-            if on_cpu(device):
-                packed.append(([weights["packed"] for _, weights in both], last[0][1]["packed"]))
-            else:
-                self.segments.append(
-                    (
-                        register_segments(layer, both, f"expert{number}_w13_"),
-                        register_segments(layer, last, f"expert{number}_w2_"),
-                    )
+        made = [
+            (
+                make_segments(first[2 * number : 2 * number + 2], device, self.config, read_share=share),
+                make_segments([down], device, self.config, read_share=share),
+            )
+            for number, down in enumerate(second)
+        ]
+        self.local_experts = len(made)
+        if on_cpu(device):
+            packed = [([weights["packed"] for _, weights in both], last[0][1]["packed"]) for both, last in made]
+            for name, tensor in kernels.join(packed).items():
+                layer.register_parameter(f"experts_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+        elif all(_of_one_format([expert[i] for expert in made], device) for i in range(2)):
+            both, last = (
+                [
+                    (parts[0][0], stack([weights for _, weights in parts]))
+                    for parts in zip(*(expert[i] for expert in made), strict=True)
+                ]
+                for i in range(2)
+            )
+            self.stacked = register_segments(layer, both, "experts_w13_"), register_segments(layer, last, "experts_w2_")
+        else:
+            self.segments = [
+                (
+                    register_segments(layer, both, f"expert{number}_w13_"),
+                    register_segments(layer, last, f"expert{number}_w2_"),
                 )
-        for name, tensor in kernels.join(packed).items() if packed else ():
-            layer.register_parameter(f"experts_{name}", torch.nn.Parameter(tensor, requires_grad=False))
+                for number, (both, last) in enumerate(made)
+            ]
         report_ready(self.config, device)
 
     def apply(
@@ -211,7 +230,9 @@ class RequantExpertsMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """``[tokens, hidden]`` to this rank's part of the routed experts' sum; vLLM adds shared experts itself."""
         ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids]
-        if not self.segments:
+        if self.stacked is not None and ids.numel() <= gpu.MOST and x.dtype in (torch.float16, torch.bfloat16):
+            return self._chosen_experts(layer, self.stacked, x, topk_weights, ids)
+        if self.stacked is None and not self.segments:
             return kernels.packed_experts(
                 x,
                 topk_weights,
@@ -223,12 +244,63 @@ class RequantExpertsMethod(FusedMoEMethodBase):
             )
         return self._every_expert(layer, x, topk_weights, ids)
 
+    def _chosen_experts(
+        self,
+        layer: RoutedExperts,
+        stacked: tuple[tuple[Segment, ...], tuple[Segment, ...]],
+        x: Tensor,
+        routing: Tensor,
+        ids: Tensor,
+    ) -> Tensor:
+        """Every token through its own experts, without the host's knowing which these are."""
+
+        def products(segments: tuple[Segment, ...], x: Tensor, share: int) -> Tensor:
+            outputs = [
+                gpu.linear(
+                    segment.kind,
+                    x,
+                    ids.flatten(),
+                    segment_weights(layer, segment),
+                    share=share,
+                    out_features=segment.out_features,
+                    bits=segment.settings["bits"],
+                    group_size=segment.settings.get("group_size", 0),
+                )
+                for segment in segments
+            ]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+        gate, up = products(stacked[0], x, ids.shape[1]).float().chunk(2, dim=-1)
+        inner = (kernels.ACTIVATIONS[self.activation](gate) * up).to(x.dtype)
+        y = products(stacked[1], inner, 1).view(*ids.shape, -1)
+        return (y.float() * routing[:, :, None]).sum(1).to(x.dtype)
+
     def _every_expert(self, layer: RoutedExperts, x: Tensor, routing: Tensor, ids: Tensor) -> Tensor:
-        """All tokens through all experts: where the host must not wait for the routing."""
+        """All tokens through all experts: where that is no more work, or no kernel finds a token's own."""
         activate = kernels.ACTIVATIONS[self.activation]
         result = torch.zeros_like(x, dtype=torch.float32)
-        for number, (both, down) in enumerate(self.segments):
-            gate, up = segments_linear(layer, both, x, None).float().chunk(2, dim=-1)
-            y = segments_linear(layer, down, (activate(gate) * up).to(x.dtype), None)
+        for number in range(self.local_experts):
+            both, down = self._parts(layer, number)
+            gate, up = parts_linear(both, x).float().chunk(2, dim=-1)
+            y = parts_linear(down, (activate(gate) * up).to(x.dtype))
             result += y.float() * (routing * (ids == number)).sum(1, keepdim=True)
         return result.to(x.dtype)
+
+    def _parts(self, layer: RoutedExperts, number: int) -> list[list[tuple[Segment, dict[str, Tensor]]]]:
+        """An expert's segments and their run-time tensors: gate and up, and down."""
+        stacked = self.stacked is not None
+        return [
+            [
+                (segment, expert_of(weights, number) if stacked else weights)
+                for segment in segments
+                for weights in (segment_weights(layer, segment),)
+            ]
+            for segments in (self.stacked or self.segments[number])
+        ]
+
+
+def _of_one_format(experts: Sequence[Sequence[tuple[Segment, Mapping[str, Tensor]]]], device: torch.device) -> bool:
+    """Whether a kernel finds the experts that tokens are sent to: all have the same segments, of its kinds."""
+    first = [segment for segment, _ in experts[0]]
+    same = all([segment for segment, _ in expert] == first for expert in experts)
+    return same and all(gpu.serves(segment.kind, segment.in_features, device) for segment in first)

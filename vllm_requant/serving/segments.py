@@ -4,7 +4,7 @@ A fused layer is one *segment*, one kernel call, while its parts share a format;
 (another bit width, say) begins a new segment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ __all__ = [
     "Segment",
     "install_segments",
     "make_segments",
+    "parts_linear",
     "register_segments",
     "report_ready",
     "segment_weights",
@@ -147,6 +148,22 @@ def segment_weights(layer: torch.nn.Module, segment: Segment) -> dict[str, Tenso
     return {name: getattr(layer, attribute) for name, attribute in segment.names}
 
 
+def parts_linear(parts: Sequence[tuple[Segment, Mapping[str, Tensor]]], x: Tensor) -> Tensor:
+    """``x · Wᵀ`` of segments with their run-time tensors; arguments and result as below."""
+    outputs = [
+        kernels.linear(
+            segment.kind,
+            x,
+            weights,
+            out_features=segment.out_features,
+            activation_bits=segment.activation_bits,
+            **segment.settings,
+        )
+        for segment, weights in parts
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
 def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tensor, bias: Tensor | None) -> Tensor:
     """``x · Wᵀ + bias``.
 
@@ -157,18 +174,7 @@ def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tens
     Returns:
         ``[..., out_features]`` in ``x.dtype``.
     """
-    outputs = [
-        kernels.linear(
-            segment.kind,
-            x,
-            segment_weights(layer, segment),
-            out_features=segment.out_features,
-            activation_bits=segment.activation_bits,
-            **segment.settings,
-        )
-        for segment in segments
-    ]
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    y = parts_linear([(segment, segment_weights(layer, segment)) for segment in segments], x)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -18,8 +18,11 @@ struct Arguments {
     uint16_t* y;              // [batch, rows]
     float* partial;           // [gridDim.y, batch, rows] where gridDim.y > 1
     int* locks;               // [gridDim.x], zero
+    const int* experts;       // of experts.cu: [gridDim.z], which one's weights; below zero nobody's
     int64_t x_stride;
+    int64_t codes_stride, params_stride, zeros_stride;  // from one expert to the next
     int batch, rows, columns, tiles, groups;
+    int share;                // of experts.cu: neighbours with the same activation
     uint32_t group_factor;    // (4 * tile + 2 * half) * this >> 32 is the group
 };
 
