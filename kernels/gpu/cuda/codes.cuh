@@ -117,7 +117,8 @@ struct NextTables {
             const int job = threadIdx.x + i * THREADS;
             if (JOBS % THREADS && job >= JOBS) continue;
             const uint32_t low = first[i];
-            uint32_t* const here = to + job / (8 * ENTRIES) * T::WORDS_A_HALF + job / 8 % ENTRIES * SLOTS + job % 8 * T::COPIES;
+            const int half = job / (8 * ENTRIES), code = job / 8 % ENTRIES;
+            uint32_t* const here = to + half * T::WORDS_A_HALF + code * SLOTS + job % 8 * T::COPIES;
 #pragma unroll
             for (int j = 0; j < ENTRIES; ++j) {
                 const uint32_t pair = permute(low, table[i][j / 2], j % 2 ? 0x7610 : 0x5410);

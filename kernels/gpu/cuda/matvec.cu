@@ -2,9 +2,9 @@
 // cores, eight activations at a time the other.
 //
 // A block takes 16 * WR rows at a time, a warp 16 of these; WK warps share the columns, a chunk of two records (of two
-// tiles each) at a time, and gridDim.y blocks share them again. A block stays for several such stretches, gridDim.x
-// apart, and its warps take the chunks of all of them in turn; every block has columns. Sums are float32, in an order that depends on nothing but
-// the launch.
+// tiles each) at a time, and gridDim.y blocks, each of which has some, share them again. A block stays for several such
+// stretches, gridDim.x apart, and its warps take the chunks of all of them in turn. Sums are float32, in an order that
+// depends on nothing but the launch.
 //
 // Every warp has a ring of chunks in shared memory. Copies into it are asked for a ring ahead, over the ends of
 // stretches, and from before the launch's predecessor has ended: between two layers the memory keeps working. (Loads
@@ -17,10 +17,10 @@
 // each activation's own, except for elements of less than 2^-29 of the largest. What codes.cuh adds to the weights adds to
 // the sums the same for every row: it is known from the activations, and is where the sums begin; the zero point, times
 // the sum of activations, is taken off last.
-constexpr int UNITS = LUT ? 1 : METAS;             // parts of a record that have scales of their own
-constexpr int FRAGMENTS = 8 / UNITS;               // of 16 columns, in a unit
+constexpr int UNITS = LUT ? 1 : METAS;  // parts of a record that have scales of their own
+constexpr int FRAGMENTS = 8 / UNITS;    // of 16 columns, in a unit
+constexpr int CHUNK = 256;              // columns
 constexpr int CODE_BYTES = 512 * BITS, SLOT_BYTES = CODE_BYTES + (LUT ? 0 : 96 * METAS);  // of a chunk
-constexpr int CHUNK = 256;                         // columns
 
 // What the sums of an activation begin with, and the sum of its elements; of a unit.
 typedef float2 Sums;

@@ -1,5 +1,5 @@
-// What the kernels share: PTX instructions by name, reductions and the residual. Compile-time settings come as macros: BF16 (activations are bfloat16, else float16) and WIDE (columns
-// of the residual take 32 bits).
+// What the kernels share: PTX instructions by name, reductions and the residual. Compile-time settings come as macros:
+// BF16 (activations are bfloat16, else float16) and WIDE (columns of the residual take 32 bits).
 
 // ---- numbers ----------------------------------------------------------------------------------------------
 
