@@ -10,26 +10,25 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import native
+from . import native, ops
 from .weights import NAMES, Weights
 
-__all__ = ["MOST", "linear", "serves"]
+__all__ = ["MOST", "linear", "serves", "takes"]
 
 MOST = 512
 """Pairs of a token and an expert that are worth it: each reads the expert's weights, from the cache at best."""
 
-_SCHEMA = (
-    "gpu_expert_linear(Tensor x, Tensor experts, Tensor codes, Tensor params, Tensor zeros, Tensor signs_in, "
-    "Tensor signs_out, Tensor sparse_indptr, Tensor sparse_entries, Tensor locks, str kind, int bits, int group_size, "
-    "int state_bits, int in_features, int out_features, int share) -> Tensor"
-)
+_SCHEMA = f"gpu_expert_linear(Tensor x, Tensor experts, {ops.FIELDS}, int share) -> Tensor"
 
 
 def serves(kind: str, in_features: int, device: torch.device) -> bool:
-    """Whether the op multiplies such weights; activations are of 16 bits."""
-    from . import path
+    """Whether the op multiplies such weights."""
+    return kind in ("uniform", "lut") and ops.native_serves(device, in_features)
 
-    return kind in ("uniform", "lut") and in_features % 4 == 0 and path(device) == "cuda"
+
+def takes(x: Tensor, experts: Tensor) -> bool:
+    """Whether the op is for such activations, and for so many pairs."""
+    return x.dtype in ops.HALVES and experts.numel() <= MOST
 
 
 def linear(
@@ -64,9 +63,7 @@ def linear(
 def _linear(x: Tensor, experts: Tensor, *fields: object) -> Tensor:
     *weights, share = fields
     assert isinstance(share, int)
-    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return native.expert_products(Weights(*weights), x, experts.to(torch.int32).contiguous(), share)  # type: ignore[arg-type]
+    return native.expert_products(Weights(*weights), ops.aligned(x), experts.to(torch.int32).contiguous(), share)  # type: ignore[arg-type]
 
 
 def _linear_fake(x: Tensor, experts: Tensor, *fields: object) -> Tensor:

@@ -11,19 +11,21 @@ from torch.library import Library
 from . import native
 from .weights import Weights
 
-__all__ = ["by_panels", "embedding", "expand", "linear"]
+__all__ = ["FIELDS", "HALVES", "aligned", "by_panels", "embedding", "expand", "linear", "native_serves"]
 
 PANEL_BYTES = 32 << 20
 """Of weights that are expanded at a time: they should still be in the second-level cache when they are multiplied."""
 
 _PORTABLE = 32  # activations up to which the portable product is used
 
-_TENSORS = (
+FIELDS = (
     "Tensor codes, Tensor params, Tensor zeros, Tensor signs_in, Tensor signs_out, Tensor sparse_indptr, "
     "Tensor sparse_entries, Tensor locks, str kind, int bits, int group_size, int state_bits, int in_features, "
     "int out_features"
 )
-_HALVES = (torch.float16, torch.bfloat16)
+"""Of :class:`Weights`, in the schemas of ops."""
+HALVES = (torch.float16, torch.bfloat16)
+"""Types of activations that CUDA C++ takes."""
 
 
 def linear(x: Tensor, w: Weights) -> Tensor:
@@ -43,17 +45,28 @@ def linear(x: Tensor, w: Weights) -> Tensor:
     return y.view(*x.shape[:-1], w.out_features)
 
 
-def _native(w: Weights) -> bool:
-    """Whether CUDA C++ serves these weights."""
+def native_serves(device: torch.device, in_features: int) -> bool:
+    """Whether CUDA C++ serves such weights on a device."""
     from . import path
 
-    return path(w.codes.device) == "cuda" and w.in_features % 4 == 0
+    return path(device) == "cuda" and in_features % 4 == 0
+
+
+def _native(w: Weights) -> bool:
+    return native_serves(w.codes.device, w.in_features)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Activations ``[batch, in_features]`` as the kernels read them, four at a time: copied if they do not lie so."""
+    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def _fused(x: Tensor, w: Weights) -> Tensor | None:
     """By a kernel that decodes weights as it multiplies; None where there is none, or expanded weights are faster."""
     batch = x.shape[0]
-    if batch > native.MOST or x.dtype not in _HALVES:
+    if batch > native.MOST or x.dtype not in HALVES:
         return None
     if not _native(w):
         from . import portable
@@ -61,8 +74,7 @@ def _fused(x: Tensor, w: Weights) -> Tensor | None:
         if w.kind == "trellis" or batch > _PORTABLE:
             return None
         return portable.linear(w, x if x.stride(1) == 1 else x.contiguous())
-    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = aligned(x)
     if w.kind == "trellis":
         serves = native.trellis_variant(w, batch) if native.takes_trellis(w) else None
         return None if serves is None else native.trellis(w, x, serves)
@@ -82,7 +94,7 @@ def by_panels(x: Tensor, w: Weights) -> Tensor:
 
 def expand(w: Weights, dtype: torch.dtype, first_row: int, count: int) -> Tensor:
     """Rows of ``dense + sparse``, ``[count, in_features]``; ``first_row`` is a multiple of 128."""
-    if dtype in _HALVES and _native(w):
+    if dtype in HALVES and _native(w):
         if w.kind != "trellis":
             return native.expand(w, dtype, first_row, count)
         if native.takes_trellis(w):
@@ -126,9 +138,9 @@ def _gpu_embedding_fake(ids: Tensor, *fields: object) -> Tensor:
 
 if not hasattr(torch.ops.requant, "gpu_linear"):
     _library = Library("requant", "FRAGMENT")
-    _library.define(f"gpu_linear(Tensor x, {_TENSORS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(f"gpu_linear(Tensor x, {FIELDS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     _library.define(
-        f"gpu_embedding(Tensor ids, {_TENSORS}, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+        f"gpu_embedding(Tensor ids, {FIELDS}, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
     )
     _library.impl("gpu_linear", _gpu_linear, "CUDA")
     _library.impl("gpu_embedding", _gpu_embedding, "CUDA")

@@ -39,10 +39,10 @@ inline int W() { return threadIdx.x >> 5; } inline int L() { return threadIdx.x 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 inline std::unique_ptr<std::barrier<>> named_barrier[16];
 inline std::mutex of_named_barriers;
-template <int ID, int THREADS> void some_warps() {
+template <int ID, int COUNT> void some_warps() {
     {
         std::lock_guard<std::mutex> guard(of_named_barriers);
-        if (!named_barrier[ID]) named_barrier[ID] = std::make_unique<std::barrier<>>(THREADS);
+        if (!named_barrier[ID]) named_barrier[ID] = std::make_unique<std::barrier<>>(COUNT);
     }
     named_barrier[ID]->arrive_and_wait();
 }

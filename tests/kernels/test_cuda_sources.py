@@ -3,13 +3,10 @@
 Their arithmetic, layouts, reductions and loops are those of the GPU; native.py makes the arguments, as it does there.
 """
 
-import ctypes
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,12 +17,11 @@ from vllm_requant.kernels.gpu import native
 from vllm_requant.kernels.gpu.native import Matvec, TrellisVariant
 from vllm_requant.kernels.gpu.weights import NAMES, stack
 
+from .on_threads import compiled
 from .test_gpu import assert_product, trellis, weights_of
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++20 compiler")
 
-HERE = Path(__file__).parent
-SHARED = "extern __shared__ __align__(16) char shared[];"
 SHIFT = re.compile(r'asm\("shl.b32 %0, %1, %2;" : "=r"\((\w+)\) : "r"\((\w+)\), "n"\((.*)\)\);')
 
 
@@ -57,35 +53,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable]:
         count += 1
         source = native.source(name)
         source = source[source.index("// ---- residual") :]  # cuda_on_threads.h has what comes before
-        source = SHIFT.sub(r"\1 = \2 << (\3);", source.replace(SHARED, "char* const shared = shared_memory;"))
-        source = source.replace("__shared__ __align__(16)", "alignas(16) static")
+        source = SHIFT.sub(r"\1 = \2 << (\3);", source)
         assert "asm" not in re.sub(r"//.*", "", source)
         instances, kernels = native.instances(name, variants)
-        entries = "".join(
-            f'extern "C" void run_{kernel}(const Arguments* in, int x, int y, int z, int threads, int shared) '
-            f"{{ run([=] {{ {kernel}(*in); }}, x, y, z, threads, shared); }}\n"
-            for kernel in kernels
-        )
-        macros = "".join(f"#define {key} {value}\n" for key, value in defines)
-        file = folder / f"{count}.cpp"
-        file.write_text(f'{macros}#include "{HERE}/cuda_on_threads.h"\n{source}\n{instances}\n{entries}')
-        library = file.with_suffix(".so")
-        flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-        done = subprocess.run(
-            ["g++", *flags, str(file), "-o", str(library)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        loaded = ctypes.CDLL(str(library))
-
-        def kernel(which: str) -> Callable:
-            def launch(
-                grid: tuple[int, int, int], threads: int, shared: int, arguments: ctypes.Structure, *_: object
-            ) -> None:
-                getattr(loaded, f"run_{which}")(ctypes.byref(arguments), *grid, threads, shared)
-
-            return launch
-
-        return SimpleNamespace(kernel=kernel)
+        return compiled(f"{source}\n{instances}", dict(defines), kernels, folder / f"{count}.cpp")
 
     def made(variants: tuple[Matvec | TrellisVariant, ...]) -> Callable:
         return lambda name, defines, device: module(name, variants, defines)

@@ -1,21 +1,18 @@
 """The Viterbi of a GPU, by its own code on threads of the CPU: the paths that tensor operations find."""
 
-import ctypes
 import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.kernels.on_threads import compiled
 from vllm_requant.kernels.reference import trellis_code
 from vllm_requant.offline.bases import viterbi
 from vllm_requant.offline.bases.qtip import code_fit
 from vllm_requant.offline.bases.viterbi import closed_paths
-
-THREADS_H = Path(__file__).parents[1] / "kernels" / "cuda_on_threads.h"
-SHARED = "extern __shared__ __align__(16) char shared[];"
 
 
 @pytest.fixture
@@ -27,27 +24,13 @@ def on_threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def module(state_bits: int, bits: int, device: int) -> SimpleNamespace:
         threads = viterbi._threads(1 << state_bits, bits)
-        macros = {"STATE_BITS": state_bits, "BITS": bits, "THREADS": threads}
-        source = viterbi.SOURCE.read_text()
-        assert SHARED in source
-        entry = (
-            'extern "C" void run_viterbi(const Arguments* in, int x, int y, int z, int threads, int shared) '
-            "{ run([=] { viterbi(*in); }, x, y, z, threads, shared); }\n"
-        )
-        text = f'#define BF16 0\n#include "{THREADS_H}"\n'
-        text += "".join(f"#define {name} {value}\n" for name, value in macros.items())
-        file = tmp_path / f"{state_bits}-{bits}.cpp"
-        file.write_text(text + source.replace(SHARED, "char* const shared = shared_memory;") + entry)
-        library = file.with_suffix(".so")
-        flags = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-        subprocess.run(["g++", *flags, str(file), "-o", str(library)], check=True)
+        macros = {"BF16": 0, "STATE_BITS": state_bits, "BITS": bits, "THREADS": threads}
+        source, file = viterbi.SOURCE.read_text(), tmp_path / f"{state_bits}-{bits}.cpp"
+        made = compiled(source, macros, ["viterbi"], file)
 
-        def kernel(name: str):
-            def launch(grid, threads, shared, arguments, *_) -> None:
-                launched.append(name)
-                ctypes.CDLL(str(library)).run_viterbi(ctypes.byref(arguments), *grid, threads, shared)
-
-            return launch
+        def kernel(name: str) -> Callable:
+            launched.append(name)
+            return made.kernel(name)
 
         return SimpleNamespace(kernel=kernel)
 

@@ -4,7 +4,7 @@ A tensor-parallel rank holds its part of every expert, an expert-parallel one al
 and sums up ranks; here a token's experts are computed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..kernels import experts as kernels
 from ..kernels.gpu import experts as gpu
 from ..kernels.gpu.weights import expert_of, stack
 from .linear import require_row_borders, require_split
-from .segments import Segment, make_segments, parts_linear, register_segments, report_ready, segment_weights
+from .segments import Segment, joined, make_segments, parts_linear, register_segments, report_ready, with_weights
 from .stash import StoredModule, WeightStash
 
 if TYPE_CHECKING:
@@ -94,7 +94,6 @@ class RequantExpertsMethod(FusedMoEMethodBase):
         # gate and up, and down: of every expert, or of all in one
         self.segments: list[tuple[tuple[Segment, ...], tuple[Segment, ...]]] = []
         self.stacked: tuple[tuple[Segment, ...], tuple[Segment, ...]] | None = None
-        self.local_experts = 0
         self.intermediate = 0
         self.activation = ""
         self._stashes: tuple[ExpertStash, ExpertStash] | None = None
@@ -195,7 +194,6 @@ class RequantExpertsMethod(FusedMoEMethodBase):
             )
             for number, down in enumerate(second)
         ]
-        self.local_experts = len(made)
         if on_cpu(device):
             packed = [([weights["packed"] for _, weights in both], last[0][1]["packed"]) for both, last in made]
             for name, tensor in kernels.join(packed).items():
@@ -230,7 +228,7 @@ class RequantExpertsMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """``[tokens, hidden]`` to this rank's part of the routed experts' sum; vLLM adds shared experts itself."""
         ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids]
-        if self.stacked is not None and ids.numel() <= gpu.MOST and x.dtype in (torch.float16, torch.bfloat16):
+        if self.stacked is not None and gpu.takes(x, ids):
             return self._chosen_experts(layer, self.stacked, x, topk_weights, ids)
         if self.stacked is None and not self.segments:
             return kernels.packed_experts(
@@ -255,20 +253,20 @@ class RequantExpertsMethod(FusedMoEMethodBase):
         """Every token through its own experts, without the host's knowing which these are."""
 
         def products(segments: tuple[Segment, ...], x: Tensor, share: int) -> Tensor:
-            outputs = [
-                gpu.linear(
-                    segment.kind,
-                    x,
-                    ids.flatten(),
-                    segment_weights(layer, segment),
-                    share=share,
-                    out_features=segment.out_features,
-                    bits=segment.settings["bits"],
-                    group_size=segment.settings.get("group_size", 0),
-                )
-                for segment in segments
-            ]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+            return joined(
+                [
+                    gpu.linear(
+                        segment.kind,
+                        x,
+                        ids.flatten(),
+                        weights,
+                        share=share,
+                        out_features=segment.out_features,
+                        **segment.settings,
+                    )
+                    for segment, weights in with_weights(layer, segments)
+                ]
+            )
 
         gate, up = products(stacked[0], x, ids.shape[1]).float().chunk(2, dim=-1)
         inner = (kernels.ACTIVATIONS[self.activation](gate) * up).to(x.dtype)
@@ -279,24 +277,21 @@ class RequantExpertsMethod(FusedMoEMethodBase):
         """All tokens through all experts: where that is no more work, or no kernel finds a token's own."""
         activate = kernels.ACTIVATIONS[self.activation]
         result = torch.zeros_like(x, dtype=torch.float32)
-        for number in range(self.local_experts):
-            both, down = self._parts(layer, number)
+        for number, (both, down) in enumerate(self._experts(layer)):
             gate, up = parts_linear(both, x).float().chunk(2, dim=-1)
             y = parts_linear(down, (activate(gate) * up).to(x.dtype))
             result += y.float() * (routing * (ids == number)).sum(1, keepdim=True)
         return result.to(x.dtype)
 
-    def _parts(self, layer: RoutedExperts, number: int) -> list[list[tuple[Segment, dict[str, Tensor]]]]:
-        """An expert's segments and their run-time tensors: gate and up, and down."""
-        stacked = self.stacked is not None
-        return [
-            [
-                (segment, expert_of(weights, number) if stacked else weights)
-                for segment in segments
-                for weights in (segment_weights(layer, segment),)
-            ]
-            for segments in (self.stacked or self.segments[number])
-        ]
+    def _experts(self, layer: RoutedExperts) -> Iterator[list[list[tuple[Segment, dict[str, Tensor]]]]]:
+        """Every expert's segments and their run-time tensors: gate and up, and down."""
+        if self.stacked is None:
+            for expert in self.segments:
+                yield [with_weights(layer, segments) for segments in expert]
+            return
+        whole = [with_weights(layer, segments) for segments in self.stacked]
+        for number in range(len(whole[0][0][1]["codes"])):
+            yield [[(segment, expert_of(weights, number)) for segment, weights in parts] for parts in whole]
 
 
 def _of_one_format(experts: Sequence[Sequence[tuple[Segment, Mapping[str, Tensor]]]], device: torch.device) -> bool:

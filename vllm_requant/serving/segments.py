@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Segment",
     "install_segments",
+    "joined",
     "make_segments",
     "parts_linear",
     "register_segments",
@@ -29,6 +30,7 @@ __all__ = [
     "segment_weights",
     "segments_linear",
     "stand_in_weight",
+    "with_weights",
 ]
 
 # a name below vllm's, so that vLLM's handlers and VLLM_LOGGING_LEVEL apply to it
@@ -148,20 +150,31 @@ def segment_weights(layer: torch.nn.Module, segment: Segment) -> dict[str, Tenso
     return {name: getattr(layer, attribute) for name, attribute in segment.names}
 
 
+def with_weights(layer: torch.nn.Module, segments: Sequence[Segment]) -> list[tuple[Segment, dict[str, Tensor]]]:
+    """Segments and their run-time tensors."""
+    return [(segment, segment_weights(layer, segment)) for segment in segments]
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """Output features of segments side by side."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(tuple(outputs), dim=-1)
+
+
 def parts_linear(parts: Sequence[tuple[Segment, Mapping[str, Tensor]]], x: Tensor) -> Tensor:
     """``x · Wᵀ`` of segments with their run-time tensors; arguments and result as below."""
-    outputs = [
-        kernels.linear(
-            segment.kind,
-            x,
-            weights,
-            out_features=segment.out_features,
-            activation_bits=segment.activation_bits,
-            **segment.settings,
-        )
-        for segment, weights in parts
-    ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return joined(
+        [
+            kernels.linear(
+                segment.kind,
+                x,
+                weights,
+                out_features=segment.out_features,
+                activation_bits=segment.activation_bits,
+                **segment.settings,
+            )
+            for segment, weights in parts
+        ]
+    )
 
 
 def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,7 +187,7 @@ def segments_linear(layer: torch.nn.Module, segments: Sequence[Segment], x: Tens
     Returns:
         ``[..., out_features]`` in ``x.dtype``.
     """
-    y = parts_linear([(segment, segment_weights(layer, segment)) for segment in segments], x)
+    y = parts_linear(with_weights(layer, segments), x)
     return y if bias is None else y + bias.to(y.dtype)
 
 

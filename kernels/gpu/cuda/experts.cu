@@ -14,7 +14,7 @@ DEVICE bool find_expert(Arguments& in) {
 }
 
 #define EXPERTS(NT, ONE, WR, WK, KBYTES, BLOCKS)                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * (WR * WK + 1), BLOCKS)                                         \
+    extern "C" __global__ void __launch_bounds__(32 * (WR * WK + ADDERS<NT, ONE>), BLOCKS)                           \
         experts(const __grid_constant__ Arguments given) {                                                           \
         Arguments in = given;                                                                                        \
         if (find_expert(in)) matvec<NT, ONE, WR, WK, KBYTES>(in);                                                    \

@@ -22,6 +22,10 @@ constexpr int FRAGMENTS = 8 / UNITS;    // of 16 columns, in a unit
 constexpr int CHUNK = 256;              // columns
 constexpr int CODE_BYTES = 512 * BITS, SLOT_BYTES = CODE_BYTES + (LUT ? 0 : 96 * METAS);  // of a chunk
 
+// Warps that do not multiply.
+template <int NT, bool ONE>
+constexpr int ADDERS = ONE ? 1 : NT <= 2 ? 2 : 4;
+
 // What the sums of an activation begin with, and the sum of its elements; of a unit.
 typedef float2 Sums;
 
@@ -204,7 +208,7 @@ struct Adder {
     const int thread, row, lane_of_row;
     Residual<LANES, 8> residual;
 
-    DEVICE Adder(const Arguments& in, int of) : thread(of), row(of / LANES), lane_of_row(of % LANES) {}
+    DEVICE explicit Adder(int of) : thread(of), row(of / LANES), lane_of_row(of % LANES) {}
 
     DEVICE void begin(const Arguments& in, int stretch) {
         residual.begin(in.indptr, stretch * ROWS + row, in.rows, lane_of_row);
@@ -268,7 +272,7 @@ struct Adder {
 // NT times eight activations; with ONE a single one. A ring has KBYTES KB of codes, or two chunks.
 template <int NT, bool ONE, int WR, int WK, int KBYTES>
 DEVICE void matvec(const Arguments& in) {
-    constexpr int MULTIPLIERS = WR * WK, ADDERS = ONE ? 1 : NT <= 2 ? 2 : 4, THREADS = 32 * (MULTIPLIERS + ADDERS);
+    constexpr int MULTIPLIERS = WR * WK, ADDING = ADDERS<NT, ONE>, THREADS = 32 * (MULTIPLIERS + ADDING);
     constexpr int ROWS = 16 * WR, PITCH = ROWS + 4;
     constexpr int RING = KBYTES * 2 / BITS > 2 ? KBYTES * 2 / BITS : 2;
     constexpr int SLOTS = WR == 1 || BITS < 4 ? 32 : 8;  // of tables
@@ -300,7 +304,7 @@ DEVICE void matvec(const Arguments& in) {
     if (threadIdx.x == 0)
         for (int i = 0; i < BUFFERS; ++i) {
             arrivals_begin(written + i, MULTIPLIERS);
-            arrivals_begin(read + i, ADDERS);
+            arrivals_begin(read + i, ADDING);
         }
 
     const uint32_t ring_at = shared_address(rings) + warp * RING * SLOT_BYTES;
@@ -308,7 +312,7 @@ DEVICE void matvec(const Arguments& in) {
     ring.begin(in, ring_at, lane, wr, wk, begin, count);
     if (multiplies)
         for (int i = 0; i < RING - 1; ++i) ring.ask(in, lane, row_tiles, stop, count);
-    Adder<ROWS, WK, 32 * ADDERS, PLACES> adder(in, threadIdx.x - 32 * MULTIPLIERS);
+    Adder<ROWS, WK, 32 * ADDING, PLACES> adder(threadIdx.x - 32 * MULTIPLIERS);
     if (!multiplies) adder.begin(in, blockIdx.x);
 #if LUT
     using T = Tables<SLOTS>;
@@ -334,7 +338,7 @@ DEVICE void matvec(const Arguments& in) {
         if (!multiplies) {
             adder.walk(in, here + WK * batch * PITCH, PITCH, x_shared, begin * CHUNK, count * CHUNK, batch,
                        stretch + gridDim.x);
-            if (ADDERS > 1) some_warps<1, 32 * ADDERS>();
+            if (ADDING > 1) some_warps<1, 32 * ADDING>();
             await_arrivals(written + buffer, phase);
             __syncwarp();
             adder.add(in, here, PITCH, factors, stretch, batch);
@@ -446,7 +450,7 @@ DEVICE void matvec(const Arguments& in) {
 }
 
 #define MATVEC(NT, ONE, WR, WK, KBYTES, BLOCKS)                                                                      \
-    extern "C" __global__ void __launch_bounds__(32 * (WR * WK + (ONE ? 1 : NT <= 2 ? 2 : 4)), BLOCKS)               \
+    extern "C" __global__ void __launch_bounds__(32 * (WR * WK + ADDERS<NT, ONE>), BLOCKS)                           \
         matvec_##NT##_##ONE##_##WR##_##WK##_##KBYTES##_##BLOCKS(const __grid_constant__ Arguments in) {              \
         matvec<NT, ONE, WR, WK, KBYTES>(in);                                                                         \
     }
