@@ -1,5 +1,6 @@
 """Registration, the config object, and what vLLM does with it before it builds a model."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -63,6 +64,9 @@ def test_headers_are_checked_before_anything_is_built(tmp_path):
     config = quant_config({"c": LAYER})
     config.maybe_update_config("some-org/some-model")
     config.maybe_update_config(str(tmp_path))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": config.checkpoint.model_dump(mode="json")})
+    )
     (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(ReQuantFormatError, match=r"model\.safetensors"):
         config.maybe_update_config(str(tmp_path))

@@ -26,9 +26,9 @@ def command(
     with command_errors():
         require_vllm()
         if Path(model).exists() or model.startswith((".", "/", "~")):
-            from ..format.reader import Checkpoint
+            from ..format.validation import validate
 
-            Checkpoint(model)
+            validate(model)
     arguments = server_arguments(model, context.args, activation_bits=activation_bits)
     sys.stdout.flush()
     os.execve(arguments[0], arguments, os.environ | server_environment())

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels import reference
 from ..kernels.bitstream import pack_codes, unpack_codes
 from .schema import LayerSpec, LutSpec, TrellisSpec, UniformSpec
+from .sparse import all_finite
 
 __all__ = ["KINDS", "Kind"]
 
@@ -53,8 +54,7 @@ def _slice_codes(packed: Tensor, bits: int, count: int, start: int, stop: int) -
 
 
 def _check_uniform(spec: UniformSpec, tensors: Tensors) -> tuple[str, str] | None:
-    scales = tensors["scales"]
-    if not (torch.isfinite(scales) & (scales > 0)).all():
+    if not all_finite(tensors["scales"]) or bool((tensors["scales"] <= 0).any()):
         return "scales", "a scale is not finite and positive"
     for suffix, count in (("qweight", spec.in_features), ("qzeros", spec.groups)):
         if _pad_bits_set(tensors[suffix], count, spec.bits):
@@ -106,7 +106,7 @@ def _zeros_uniform(spec: UniformSpec) -> dict[str, Tensor]:
 
 
 def _check_lut(spec: LutSpec, tensors: Tensors) -> tuple[str, str] | None:
-    if not torch.isfinite(tensors["lookup_table"]).all():
+    if not all_finite(tensors["lookup_table"]):
         return "lookup_table", "an entry is not finite"
     if _pad_bits_set(tensors["qweight"], spec.in_features, spec.bits):
         return "qweight", "pad bits are not zero"
@@ -133,8 +133,7 @@ def _slice_plain_rows(spec: LayerSpec, tensors: Tensors, start: int, stop: int) 
 
 
 def _check_trellis(spec: TrellisSpec, tensors: Tensors) -> tuple[str, str] | None:
-    scales = tensors["scales"]
-    if not (torch.isfinite(scales) & (scales >= 0)).all():
+    if not all_finite(tensors["scales"]) or bool((tensors["scales"] < 0).any()):
         return "scales", "a scale is not finite and non-negative"
     return None
 

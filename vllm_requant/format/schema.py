@@ -5,11 +5,13 @@ and sizes of a whole checkpoint are known from its ``config.json`` alone.
 """
 
 import math
+import re
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..kernels.bitstream import row_bytes
 from ..kernels.reference import TILE
@@ -26,6 +28,7 @@ __all__ = [
     "TensorSpec",
     "TrellisSpec",
     "UniformSpec",
+    "is_plain_name",
     "parse_config",
 ]
 
@@ -40,6 +43,14 @@ SAFETENSORS_DTYPES = {
 }
 _MAX_INT32 = 2**31 - 1
 _UINT16_COLUMNS = 2**16
+_MAX_LAYERS = 2**17
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_LONGEST_NAME = 500
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a module or tensor may be called so: letters, digits, ``_`` and ``-``, in parts joined by dots."""
+    return len(name) <= _LONGEST_NAME and _NAME.fullmatch(name) is not None
 
 
 class TensorSpec(NamedTuple):
@@ -250,6 +261,18 @@ class CheckpointConfig(BaseModel):
     provenance: dict[str, Any] = Field(default_factory=dict)
     layers: dict[str, Annotated[LayerSpec, Field(discriminator="kind")]] = Field(min_length=1)
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _plain_layers(cls, layers: Any) -> Any:
+        # before the entries are looked at: their number bounds the work and the memory
+        if isinstance(layers, Mapping):
+            if len(layers) > _MAX_LAYERS:
+                raise ValueError(f"{len(layers)} layers, more than the {_MAX_LAYERS} that a checkpoint can have")
+            for name in layers:
+                if not isinstance(name, str) or not is_plain_name(name):
+                    raise ValueError(f"{name!r:.300} is not a name of a module")
+        return layers
+
     @property
     def numel(self) -> int:
         """Weights in all quantized layers."""
@@ -280,12 +303,12 @@ def parse_config(config: Mapping[str, Any], *, file: str | None = None) -> Check
     method = config.get("quant_method")
     if method != QUANT_METHOD:
         raise ReQuantFormatError(
-            f"not a ReQuant checkpoint (quant_method is {method!r})", file=file, tensor="quantization_config"
+            f"not a ReQuant checkpoint (quant_method is {method!r:.80})", file=file, tensor="quantization_config"
         )
     version = config.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ReQuantFormatError(
-            f"format version {version!r} is not one this program reads ({FORMAT_VERSION}); "
+            f"format version {version!r:.80} is not one this program reads ({FORMAT_VERSION}); "
             "a newer vllm-requant may read it",
             file=file,
             tensor="quantization_config.format_version",
@@ -295,4 +318,5 @@ def parse_config(config: Mapping[str, Any], *, file: str | None = None) -> Check
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(["quantization_config", *map(str, first["loc"])])
-        raise ReQuantFormatError(f"{first['msg']} (got {first['input']!r:.80})", file=file, tensor=path) from None
+        got = reprlib.repr(first["input"])  # of bounded length, whatever the input is
+        raise ReQuantFormatError(f"{first['msg']} (got {got})", file=file, tensor=path) from None

@@ -15,7 +15,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checksums import SUMS_NAME, file_sums
 from .layer import QuantizedLayer
+from .model_config import without_code
 from .reader import CONFIG_NAME, INDEX_NAME
 from .schema import CheckpointConfig
 
@@ -76,11 +78,12 @@ def write_tensors(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write all tensors, the index, and at last ``config.json``.
+    """Write all tensors, the index, the checksums of every file of the folder, and at last ``config.json``.
 
     Args:
-        folder: an existing, private folder (see :func:`staged_folder`).
-        model_config: the model's configuration, without ``quantization_config``.
+        folder: an existing, private folder (see :func:`staged_folder`) that holds everything else already.
+        model_config: the model's configuration, without ``quantization_config``. Code that it names is left out: a
+            checkpoint needs none.
         config: what stands there instead.
         layers: quantized layers by module, exactly those of ``config``.
         others: all remaining tensors by name.
@@ -98,10 +101,12 @@ def write_tensors(
         save_file({name: tensors[name] for name in names}, folder / file_name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / INDEX_NAME, index)
+        (folder / INDEX_NAME).write_bytes(_json(index))
     entry = config.model_dump(mode="json")
-    _write_json(folder / CONFIG_NAME, {**model_config, "quantization_config": entry})
+    content = _json({**without_code(model_config), "quantization_config": entry})
+    (folder / SUMS_NAME).write_bytes(file_sums(folder, {CONFIG_NAME: content}))
+    (folder / CONFIG_NAME).write_bytes(content)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

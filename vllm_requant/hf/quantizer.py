@@ -4,6 +4,8 @@ Models compute with the kernels that the server uses, so that logits agree. They
 weights neither train nor move between devices, and are not what a checkpoint stores, so that they cannot be saved.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, ReQuantFormatError, parse_config
 from ..format.experts import model_name, separate_experts, stored_name
+from ..format.validation import validate
 from .modules import QuantizedEmbedding, QuantizedLinear, QuantizedModule, TiedHead
 
 __all__ = ["RequantTransformersConfig", "RequantTransformersQuantizer"]
@@ -40,7 +43,13 @@ class RequantTransformersQuantizer(HfQuantizer):
     requires_calibration = True  # of our own converter
     quantization_config: RequantTransformersConfig
 
-    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Sequence[str] = (), **_: Any
+    ) -> None:
+        if checkpoint_files:
+            if not all(file.endswith(".safetensors") for file in checkpoint_files):
+                raise ReQuantFormatError("a checkpoint consists of safetensors files", file=checkpoint_files[0])
+            validate(Path(checkpoint_files[0]).parent)
         separate_experts(model)
         stored = self.quantization_config.checkpoint.layers
         # transformers renames what it reads from the files as it does for any checkpoint of the architecture

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import LoadConfig, VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from .. import __version__, kernels
 from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, parse_config
-from ..format.reader import check_headers
+from ..format.validation import validate
 from .embedding import RequantEmbeddingMethod, TieableHeadMethod
 from .experts import RequantExpertsMethod, expert_modules
 from .linear import RequantLinearMethod
@@ -30,6 +30,9 @@ _EMBEDDING_NAMES = frozenset(
 )
 _NAMES_IN_MESSAGE = 5
 _COMPILE_KEY = "requant_plugin"
+# vLLM's --load-format: those that only read pickled files, and those that do where they find no others
+_PICKLES = ("pt", "npcache")
+_GUESSES = ("auto", "hf")
 
 
 class RequantConfig(QuantizationConfig):
@@ -83,16 +86,16 @@ class RequantConfig(QuantizationConfig):
         return cls(parse_config(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Hold a local checkpoint's file headers against the configuration before anything is allocated.
+        """Validate a local checkpoint, in the process that starts the server, before anything is allocated.
 
         Raises:
-            ReQuantFormatError: a file or tensor is missing or has another type or shape.
+            ReQuantFormatError: it breaks a rule of SPEC.md.
         """
         open_folder()
         folder = Path(model_name)
         # a folder with config.json alone serves --load-format dummy
         if folder.is_dir() and any(folder.glob("*.safetensors*")):
-            check_headers(folder, self.checkpoint)
+            validate(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers as the model class renames its modules.
@@ -149,6 +152,7 @@ class RequantConfig(QuantizationConfig):
             self.activation_bits = _activation_bits(engine.additional_config)
             _join_compile_key(engine)
             self.dummy = engine.load_config.load_format == "dummy"
+            _require_safetensors(engine.load_config)
             self.adapters = engine.lora_config is not None
             self._pipeline_parallel = engine.parallel_config.pipeline_parallel_size > 1
 
@@ -226,6 +230,21 @@ def _activation_bits(additional_config: Any) -> int:
     if bits not in (8, 16):
         raise ValueError(f"--additional-config: {QUANT_METHOD} is {ours}, it takes activation_bits, 8 or 16")
     return bits
+
+
+def _require_safetensors(load_config: LoadConfig) -> None:
+    """Keep vLLM from looking for weights in pickled files, or in safetensors files that are not the checkpoint's.
+
+    Raises:
+        ValueError: it was told to read pickled files.
+    """
+    if load_config.load_format in _PICKLES:
+        raise ValueError(
+            f"--load-format {load_config.load_format} reads pickled files, which can run code; "
+            "a ReQuant checkpoint consists of safetensors files"
+        )
+    if load_config.load_format in _GUESSES:
+        load_config.load_format = "safetensors"
 
 
 def _join_compile_key(engine: VllmConfig) -> None:
