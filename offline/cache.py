@@ -1,23 +1,27 @@
-"""Costly results kept on disk: conversions that differ in what comes after them need not compute them again.
+"""Costly results kept on disk: neither a conversion that stopped nor one that differs later computes them again.
 
-The key is a fingerprint of everything that the result depends on, the weights' values included, so a stale entry
-cannot be taken for a valid one.
+A file is named by its stage and by a fingerprint of everything that the result depends on, the weights' values
+included, so a stale entry cannot be taken for a valid one.
 """
 
 import hashlib
 import logging
-import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["TensorCache", "fingerprint"]
+from vllm_requant.format.durable import write_tensors
+
+__all__ = ["Snapshot", "TensorCache", "fingerprint"]
 
 log = logging.getLogger(__name__)
+_SNAPSHOT_SECONDS = 600.0
+_STEP = "step"
 
 
 def fingerprint(*tensors: Tensor | Mapping[str, Tensor], **settings: object) -> str:
@@ -30,37 +34,113 @@ def fingerprint(*tensors: Tensor | Mapping[str, Tensor], **settings: object) -> 
     return digest.hexdigest()
 
 
+class Snapshot:
+    """The state of a long computation, kept every now and then.
+
+    Args:
+        path: of the file; None keeps nothing.
+        every: seconds between two of them.
+    """
+
+    def __init__(self, path: Path | None, every: float) -> None:
+        self._path, self._every, self._last = path, every, time.monotonic()
+
+    def restore(self, state: Mapping[str, Tensor]) -> int:
+        """Copy what was kept into the state's tensors.
+
+        Returns:
+            The step that comes next: 0 if nothing was kept.
+        """
+        kept = None if self._path is None else _load(self._path, torch.device("cpu"))
+        if kept is None:
+            return 0
+        step = int(kept.pop(_STEP))
+        for name, tensor in state.items():
+            tensor.copy_(kept[name])
+        log.info("going on at step %d of what was begun before", step)
+        return step
+
+    def offer(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Keep the state before that step, if the last time is long enough ago."""
+        if self._path is None or time.monotonic() - self._last < self._every:
+            return
+        write_tensors(self._path, {name: t.cpu() for name, t in state.items()} | {_STEP: torch.tensor(step)})
+        self._last = time.monotonic()
+
+    def forget(self) -> None:
+        """The computation has ended."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
 class TensorCache:
     """A folder of named tensors.
 
     Args:
         folder: created when first written to; None keeps nothing.
+        snapshot_every: seconds of a long computation that may be lost.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, *, snapshot_every: float = _SNAPSHOT_SECONDS) -> None:
+        self.folder, self.snapshot_every = folder, snapshot_every
 
     @property
     def enabled(self) -> bool:
         return self.folder is not None
 
     def get(
-        self, key: Callable[[], str], device: torch.device, compute: Callable[[], dict[str, Tensor]]
+        self,
+        stage: str,
+        key: Callable[[], str],
+        device: torch.device,
+        compute: Callable[[], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """The tensors under ``key``, computed and stored if they are not there; ``key`` is called only if enabled."""
+        """The tensors of a stage under a key, computed and stored if they are not there.
+
+        Args:
+            stage: what is computed, for people who look at the folder; slashes make folders.
+            key: called only if enabled.
+            device: where the tensors are wanted.
+        """
+        return self.resume(stage, key, device, lambda _: compute())
+
+    def resume(
+        self,
+        stage: str,
+        key: Callable[[], str],
+        device: torch.device,
+        compute: Callable[[Snapshot], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """The same for a long computation, which keeps its state in a snapshot and begins with the one it finds."""
         if self.folder is None:
-            return compute()
-        path = self.folder / f"{key()}.safetensors"
-        if path.is_file():
-            try:
-                tensors = load_file(path, device=str(device))
-                log.debug("taken from the cache: %s", path)
-                return tensors
-            except SafetensorError:
-                log.warning("%s is damaged and will be computed anew", path)
-        tensors = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(f".{os.getpid()}.partial")  # another process may be writing the same
-        save_file(tensors, staging)
-        staging.replace(path)
+            return compute(Snapshot(None, self.snapshot_every))
+        path = self.folder / stage / f"{key()[:32]}.safetensors"
+        tensors = _load(path, device)
+        if tensors is None:
+            snapshot = Snapshot(path.with_suffix(".snapshot"), self.snapshot_every)
+            tensors = compute(snapshot)
+            write_tensors(path, tensors)
+            snapshot.forget()
         return tensors
+
+    def number(self, stage: str, key: Callable[[], str], compute: Callable[[], float]) -> float:
+        """The same for a single number."""
+
+        def tensor() -> dict[str, Tensor]:
+            return {"value": torch.tensor(compute(), dtype=torch.float64)}
+
+        return float(self.get(stage, key, torch.device("cpu"), tensor)["value"])
+
+
+def _load(path: Path, device: torch.device) -> dict[str, Tensor] | None:
+    """The tensors of a file, in memory of their own; None if there is none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path, device=str(device))
+    except SafetensorError:
+        log.warning("%s is damaged and will be computed anew", path)
+        return None
+    log.debug("taken from the cache: %s", path)
+    # a mapped file's tensors begin anywhere, and the last bit of a matrix product depends on where its operands do
+    return {name: tensor.clone() for name, tensor in tensors.items()}

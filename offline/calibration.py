@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import Snapshot, TensorCache, fingerprint
 from .progress import track
 from .stages import Stages
 
@@ -75,7 +76,14 @@ def check_dataset(dataset: str) -> None:
 
 
 def load_calibration(
-    dataset: str, model: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int
+    dataset: str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    cache: TensorCache | None = None,
 ) -> Calibration:
     """Calibration sequences, the same for the same arguments.
 
@@ -84,13 +92,19 @@ def load_calibration(
             ``NAME`` or ``NAME:CONFIG``).
         num_samples: sequences.
         seq_len: tokens in each.
+        cache: where text that the model wrote is kept.
 
     Raises:
         CalibrationError: the text is missing or shorter than ``num_samples · seq_len`` tokens.
     """
     with Stages().stage("calibration_text"):
         if dataset == SELF:
-            tokens = _sample_from_model(model, tokenizer, num_samples, seq_len, seed)
+            tokens = (cache or TensorCache()).resume(
+                "calibration_text",
+                lambda: fingerprint(model.state_dict(), num_samples=num_samples, seq_len=seq_len, seed=seed),
+                torch.device("cpu"),
+                lambda snapshot: {"tokens": _sample_from_model(model, tokenizer, num_samples, seq_len, seed, snapshot)},
+            )["tokens"]
         else:
             tokens = _windows(dataset, tokenizer, num_samples, seq_len, seed)
     return Calibration(tokens, dataset)
@@ -142,7 +156,9 @@ def _hub_text(dataset: str, split: str) -> str:
 
 
 @torch.no_grad()
-def _sample_from_model(model: Any, tokenizer: Any, num_samples: int, seq_len: int, seed: int) -> Tensor:
+def _sample_from_model(
+    model: Any, tokenizer: Any, num_samples: int, seq_len: int, seed: int, snapshot: Snapshot
+) -> Tensor:
     """Ancestral sampling at temperature 1 from the beginning-of-text token.
 
     An end-of-text token does not stop a sequence: what follows it is another document, as in pre-training.
@@ -155,12 +171,18 @@ def _sample_from_model(model: Any, tokenizer: Any, num_samples: int, seq_len: in
     first = vocabulary[torch.randint(len(vocabulary), (num_samples, 1), generator=generator)]
     prompts = first if start is None else torch.cat([torch.full((num_samples, 1), start), first], dim=1)
     device = next(model.parameters()).device
-    batches = prompts.split(_GENERATION_BATCH)
-    steps = len(batches) * max(seq_len - prompts.shape[1], 0)
+    tokens = torch.zeros(num_samples, seq_len, dtype=torch.int64)
+    state = {"tokens": tokens, "generator": generator.get_state()}
+    begin = snapshot.restore(state)
+    generator.set_state(state["generator"])
+    batches = list(zip(prompts.split(_GENERATION_BATCH), tokens.split(_GENERATION_BATCH), strict=True))
+    steps = (len(batches) - begin) * max(seq_len - prompts.shape[1], 0)
     ticks = iter(track(range(steps), "sampling calibration text", total=steps))
-    sampled = [_sample_batch(model, batch.to(device), seq_len, generator, ticks).cpu() for batch in batches]
+    for number, (batch, sampled) in enumerate(batches[begin:], start=begin):
+        sampled.copy_(_sample_batch(model, batch.to(device), seq_len, generator, ticks))
+        snapshot.offer(number + 1, state | {"generator": generator.get_state()})
     next(ticks, None)  # ends the bar
-    return torch.cat(sampled)
+    return tokens
 
 
 def _sample_batch(model: Any, tokens: Tensor, seq_len: int, generator: torch.Generator, ticks: Iterator[int]) -> Tensor:

@@ -48,7 +48,7 @@ class Measurements:
     def loss(self, restored: Mapping[str, Tensor], label: str) -> float:
         """F at quantized weights w̃, by layer."""
         assert self.objective is not None
-        return self.objective.loss(restored, f"loss, {label}")
+        return self.objective.loss(restored, cache=self.cache, label=f"loss, {label}")
 
     def integrate(self, restored: Mapping[str, Tensor], label: str) -> PathIntegral:
         """Integrate from w to w̃, and hold the predicted ΔF against the actual one."""

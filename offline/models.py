@@ -23,6 +23,7 @@ __all__ = [
     "DTYPES",
     "CausalLM",
     "ModelError",
+    "SourceFiles",
     "computing_in",
     "decoder_blocks",
     "fastest_compute",
@@ -39,11 +40,47 @@ __all__ = [
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPES = ("auto", "bfloat16", "float16")
+_MODEL_FILES = ("*.safetensors", "*.json")
 log = logging.getLogger(__name__)
 
 
 class ModelError(ValueError):
     """The model cannot be loaded or is not one that the converter supports."""
+
+
+class SourceFiles:
+    """The files of a local model, to notice that they change while they are converted.
+
+    Args:
+        source: folder or file; a Hub id, whose files nobody changes, has none.
+    """
+
+    def __init__(self, source: str) -> None:
+        path = Path(source)
+        self._files = [path] if path.is_file() else [p for pattern in _MODEL_FILES for p in path.glob(pattern)]
+        self._seen = self._look()
+
+    def check(self) -> None:
+        """Raises:
+        ModelError: a file is not what it was.
+        """
+        for path, now in self._look().items():
+            if now != self._seen[path]:
+                raise ModelError(
+                    f"{path} was changed while it was being converted; nothing was written. Begin anew, "
+                    "with --overwrite, once the model is complete"
+                )
+
+    def _look(self) -> dict[Path, tuple[int, int, int] | None]:
+        return {path: _identity(path) for path in self._files}
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -57,6 +94,7 @@ class CausalLM:
         dtype: the 16-bit type in which unquantized tensors are stored.
         source: as the user gave it.
         revision: resolved Hub commit, or None for a local source.
+        files: of a local source, as they were when it was loaded.
     """
 
     model: Any
@@ -64,6 +102,7 @@ class CausalLM:
     dtype: torch.dtype
     source: str
     revision: str | None
+    files: SourceFiles
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +192,7 @@ def load_causal_lm(
         extra["quantization_config"] = GgufConfig(dequantize=True)
     else:
         extra["use_safetensors"] = True
+    files = SourceFiles(source)
     tokenizer = load_tokenizer(source, revision=revision)
     model = _from_pretrained(AutoModelForCausalLM, source, revision=revision, **extra)
     separate_experts(model)
@@ -175,7 +215,7 @@ def load_causal_lm(
     model.config.use_cache = False
     model.requires_grad_(False)
     commit = getattr(model.config, "_commit_hash", None)
-    return CausalLM(model, tokenizer, target, source, commit)
+    return CausalLM(model, tokenizer, target, source, commit, files)
 
 
 class StoredLinear(nn.Linear):

@@ -11,7 +11,6 @@ is our own choice. Nothing here touches files.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from vllm_requant.format.experts import routed_share
 
 from .bases import Awq, LayerData, Need, Rtn, relative_error
 from .budget import BudgetSearch, layer_sizes
-from .cache import TensorCache
-from .folding import apply_fold, find_folds
+from .cache import TensorCache, fingerprint
+from .folding import Fold, apply_fold, find_folds
 from .measurements import Measurements
 from .models import CausalLM, ModelError, find_layers, head_module, other_weights
 from .pqi import GradientMoments, Objective
@@ -113,7 +112,7 @@ def _with_target(model: nn.Module, recipe: Recipe) -> Recipe:
 
 
 def convert(
-    lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: Path | None = None, low_memory: bool = False
+    lm: CausalLM, recipe: Recipe, tokens: Tensor | None, *, cache: TensorCache | None = None, low_memory: bool = False
 ) -> Conversion:
     """Convert a model.
 
@@ -123,14 +122,14 @@ def convert(
             otherwise left as they are.
         recipe: what to do.
         tokens: int64 ``[num_samples, seq_len]``; None only if the recipe needs no calibration.
-        cache: folder in which statistics, quantized layers and path integrals are kept, so that conversions that
-            differ elsewhere share them.
+        cache: keeps all results that take long, so that a conversion that stopped goes on with them, and conversions
+            that differ elsewhere share them.
         low_memory: compute activations twice instead of keeping them, and keep what is collected about weights and
             inputs in the memory of the host; for a model that a GPU just holds.
     """
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
-    return _Run(lm, _with_target(lm.model, recipe.on(lm.device)), tokens, TensorCache(cache), low_memory).convert()
+    return _Run(lm, _with_target(lm.model, recipe.on(lm.device)), tokens, cache or TensorCache(), low_memory).convert()
 
 
 @dataclass
@@ -169,7 +168,7 @@ class _Run:
         loss_original = None
         if self.objective is not None:
             with self.stages.stage("original_loss"):
-                loss_original = self.objective.loss(label="loss of the original")
+                loss_original = self.objective.loss(cache=self.cache, label="loss of the original")
         start = self._measure()
         if self.objective is not None:
             # tuning changes the norms, and the fold of a base has done so before
@@ -271,9 +270,20 @@ class _Run:
         folds = list(find_folds(self.model))
         for fold in track(folds, "channel scales", total=len(folds)):
             seen = {name: self.inputs[name].to(layer.weight.device) for name, layer in fold.consumers.items()}
-            scale = apply_fold(fold, base.fold_scale(fold, seen), self.lm.dtype)
+            scale = apply_fold(fold, self._fold_scale(base, fold, seen), self.lm.dtype)
             for name, statistics in seen.items():
                 self.inputs[name] = statistics.scaled(1 / fold.spread(scale)).to(self._fitted.accumulators)
+
+    def _fold_scale(self, base: Awq, fold: Fold, seen: Mapping[str, InputStatistics]) -> Tensor:
+        weights = {name: layer.weight.data for name, layer in fold.consumers.items()}
+        hessians = {name: each.hessian for name, each in seen.items()}
+        magnitudes = {name: each.mean_abs for name, each in seen.items()}
+        return self.cache.get(
+            f"fold/{next(iter(weights))}",
+            lambda: fingerprint(weights, hessians, magnitudes, **vars(base)),
+            next(iter(weights.values())).device,
+            lambda: {"scale": base.fold_scale(fold, seen)},
+        )["scale"]
 
     # what is chosen -------------------------------------------------------------------------------------------
 
@@ -313,7 +323,7 @@ class _Run:
         """Tune scales, tables and norms. Steps that are too large for a good model make it worse: the loss decides."""
         assert self.objective is not None
         before = self.measurements.loss(self.quantizer.restored(dense, masks), "before tuning")
-        tuned, divergence = tune(self._fitted, dense, masks, epochs=self.recipe.tune_epochs)
+        tuned, divergence = tune(self._fitted, dense, masks, epochs=self.recipe.tune_epochs, cache=self.cache)
         for parameter, _ in self.objective.originals:
             parameter.data.copy_(parameter.data.to(self.lm.dtype))  # as they will be stored
         after = self.measurements.loss(self.quantizer.restored(tuned, masks), "after tuning")

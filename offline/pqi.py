@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .cache import TensorCache, fingerprint
+from .cache import Snapshot, TensorCache, fingerprint
 from .losses import cross_entropy, divergence
 from .models import computing_in
 from .path import MovingLayer, Observer, moving_layers
@@ -159,12 +159,25 @@ class Objective:
         """w by layer."""
         return {name: layer.weight.data for name, layer in self.layers.items()}
 
-    def loss(self, weights: Mapping[str, Tensor] | None = None, label: str = "calibration loss") -> float:
+    def loss(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        cache: TensorCache | None = None,
+        label: str = "calibration loss",
+    ) -> float:
         """F at the given weights, or at w."""
         if weights is None and self.labels == "model":
             return 0.0
+        return (cache or TensorCache()).number(
+            "loss",
+            lambda: self.fingerprint(at=fingerprint(weights or self.start), labels=self.labels),
+            lambda: self._loss(weights or self.start, label),
+        )
+
+    def _loss(self, weights: Mapping[str, Tensor], label: str) -> float:
         losses = []
-        with torch.no_grad(), moving_layers(self.layers, weights or self.start) as states:
+        with torch.no_grad(), moving_layers(self.layers, weights) as states:
             for row in track(self.tokens, label, total=len(self.tokens), tokens_per_item=self.tokens.shape[1]):
                 teacher = self._labels(row, states)
                 for state in states.values():
@@ -176,22 +189,45 @@ class Objective:
         self, *, cache: TensorCache | None = None, label: str = "gradients of the original"
     ) -> GradientMoments:
         """First and second moments of the gradient at w: one forward and backward pass a sequence."""
-        tensors = (cache or TensorCache()).get(
+        tensors = (cache or TensorCache()).resume(
+            "gradients",
             lambda: self.fingerprint(gradients="at w"),
             self.accumulators,
-            lambda: self.walk_start({}, label=label).flat(),
+            lambda snapshot: self.walk_start({}, label=label, snapshot=snapshot).flat(),
         )
         return GradientMoments.from_flat(tensors)
 
-    def walk_start(self, observers: Mapping[str, Observer], *, label: str) -> GradientMoments:
-        """The passes of :meth:`gradients`, with someone who looks at inputs and gradients of outputs of layers."""
+    def walk_start(
+        self,
+        observers: Mapping[str, Observer],
+        *,
+        label: str,
+        snapshot: Snapshot,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> GradientMoments:
+        """The passes of :meth:`gradients`, with someone who looks at inputs and gradients of outputs of layers.
+
+        Args:
+            observers: by layer.
+            snapshot: keeps the passes' own state and that of the observers.
+            state: what the observers add up in place, by names that do not begin with "gradient" or "square".
+        """
         # against the model's own predictions all gradients would be zero
         text = replace(self, labels="text")
-        return text._moments(self.start, [(0.0, 1.0)], squares=True, observers=observers, label=label)
+        return text._moments(
+            self.start,
+            [(0.0, 1.0)],
+            squares=True,
+            observers=observers,
+            label=label,
+            snapshot=snapshot,
+            state=state or {},
+        )
 
     def fingerprint(self, **settings: object) -> str:
         """Of all that a result at w depends on."""
-        return fingerprint(self.model.state_dict(), self.tokens, compute=self.compute, **settings)
+        originals = {str(number): data for number, (_, data) in enumerate(self.originals)}
+        return fingerprint(self.model.state_dict(), originals, self.tokens, compute=self.compute, **settings)
 
     def integrate(
         self,
@@ -215,10 +251,13 @@ class Objective:
             The path integral; costs ``nodes · num_samples`` forward and backward passes.
         """
         path = list(zip(*quadrature(rule, nodes), strict=True))
-        tensors = (cache or TensorCache()).get(
+        tensors = (cache or TensorCache()).resume(
+            "integral",
             lambda: self.fingerprint(end=fingerprint(end), path=path, squares=squares, labels=self.labels),
             self.accumulators,
-            lambda: self._moments(end, path, squares=squares, observers={}, label=label).flat(),
+            lambda snapshot: self._moments(
+                end, path, squares=squares, observers={}, label=label, snapshot=snapshot, state={}
+            ).flat(),
         )
         return PathIntegral(self.start, end, GradientMoments.from_flat(tensors))
 
@@ -230,32 +269,37 @@ class Objective:
         squares: bool,
         observers: Mapping[str, Observer],
         label: str,
+        snapshot: Snapshot,
+        state: Mapping[str, Tensor],
     ) -> GradientMoments:
         count, seq_len = self.tokens.shape
-        passes = count * len(path)
-        ticks = iter(track(range(passes), label, total=passes, tokens_per_item=seq_len))
         with moving_layers(self.layers, end) as states, self._training():
             gradient = {
                 name: torch.zeros(s.start.shape, dtype=torch.float32, device=self.accumulators)
                 for name, s in states.items()
             }
             square = {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {}
-            for name, state in states.items():
-                state.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]
-                state.observer = observers.get(name)
+            for name, layer in states.items():
+                layer.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]
+                layer.observer = observers.get(name)
+            state = {**GradientMoments(gradient, square).flat(), **state}
+            first = snapshot.restore(state)
+            passes = (count - first) * len(path)
+            ticks = iter(track(range(passes), label, total=passes, tokens_per_item=seq_len))
             # each sequence walks the whole path before the next: its path-averaged gradient is what gets squared
-            for row in self.tokens:
+            for number, row in enumerate(self.tokens[first:], start=first):
                 teacher = self._labels(row, states)
                 for t, a in path:
                     next(ticks)
-                    for state in states.values():
-                        state.t, state.share = t, a if squares else a / count
+                    for layer in states.values():
+                        layer.t, layer.share = t, a if squares else a / count
                     self._sequence_loss(row, teacher).backward()
-                for name, state in states.items() if squares else ():
-                    assert state.gradient is not None
-                    gradient[name].add_(state.gradient, alpha=1 / count)
-                    square[name].addcmul_(state.gradient, state.gradient, value=1 / count)
-                    state.gradient.zero_()
+                for name, layer in states.items() if squares else ():
+                    assert layer.gradient is not None
+                    gradient[name].add_(layer.gradient, alpha=1 / count)
+                    square[name].addcmul_(layer.gradient, layer.gradient, value=1 / count)
+                    layer.gradient.zero_()
+                snapshot.offer(number + 1, state)
             next(ticks, None)  # ends the bar
         return GradientMoments(gradient, square)
 

@@ -58,49 +58,62 @@ class LayerQuantizer:
         """
         if removed is not None:
             return {
-                name: self._quantize(self._base(name), self._layer(name), removed[name])
-                for name in track(self.weights, label, total=len(self.weights))
+                name: self._cached(name, removed[name]) for name in track(self.weights, label, total=len(self.weights))
             }
         missing = [name for name in self.weights if (name, self.precision[name]) not in self._pool]
         for name in track(missing, label, total=len(missing)):
-            self._pool[name, self.precision[name]] = self._cached(name)
+            self._pool[name, self.precision[name]] = self._cached(name, None)
         return {name: self._pool[name, self.precision[name]] for name in self.weights}
 
-    def _cached(self, name: str) -> DenseLayer:
+    def _cached(self, name: str, removed: Tensor | None) -> DenseLayer:
         layer, base = self._layer(name), self._base(name)
 
-        def key() -> str:
-            needs = base.needs | (base.refit_needs if self.refit_first else frozenset())
-            seen = [layer.weight]
-            if Need.INPUTS in needs:
-                seen.append(layer.require_inputs().hessian)
-            if Need.FISHER in needs:
-                seen.append(layer.require_fisher())
-            settings = {"base": base.name, "refit": self.refit_first, "version": vllm_requant.__version__}
-            return fingerprint(*seen, **settings, **vars(base))
+        def quantize() -> DenseLayer:
+            dense = base.quantize(layer, removed)
+            if not self.refit_first:
+                return dense
+            return base.refit(layer, dense, _no_mask(layer.weight) if removed is None else removed)
 
-        tensors = self.cache.get(key, layer.weight.device, lambda: self._quantize(base, layer, None).tensors)
+        needs = base.needs | (base.refit_needs if self.refit_first else frozenset())
+        given = {} if removed is None else {"removed": removed}
+        tensors = self.cache.get(
+            f"quantized/{name}",
+            lambda: _key(base, layer, needs, given, refit=self.refit_first),
+            layer.weight.device,
+            lambda: quantize().tensors,
+        )
         return DenseLayer(base.spec(*layer.weight.shape[::-1]), tensors)
-
-    def _quantize(self, base: Base, layer: LayerData, removed: Tensor | None) -> DenseLayer:
-        dense = base.quantize(layer, removed)
-        if not self.refit_first:
-            return dense
-        return base.refit(layer, dense, _no_mask(layer.weight) if removed is None else removed)
 
     def expected_error(self, precision: Precision, label: str) -> dict[str, float]:
         """About the error of every layer at a precision, comparable between precisions of one layer only."""
         base = self.recipe.make_base(precision)
-        return {
-            name: base.expected_error(self._layer(name)) for name in track(self.weights, label, total=len(self.weights))
-        }
+
+        def error(name: str) -> float:
+            layer = self._layer(name)
+            return self.cache.number(
+                f"expected_error/{name}",
+                lambda: _key(base, layer, layer.known, {}),  # errors are those of whatever is known
+                lambda: base.expected_error(layer),
+            )
+
+        return {name: error(name) for name in track(self.weights, label, total=len(self.weights))}
 
     def refit(self, dense: Dense, removed: Masks, label: str) -> Dense:
         """Quantize every layer again, now that the sparse part is final."""
-        return {
-            name: self._base(name).refit(self._layer(name), dense[name], removed[name])
-            for name in track(self.weights, label, total=len(self.weights))
-        }
+
+        def refitted(name: str) -> DenseLayer:
+            base, layer = self._base(name), self._layer(name)
+            tensors = self.cache.get(
+                f"refitted/{name}",
+                lambda: _key(
+                    base, layer, base.needs | base.refit_needs, dense[name].tensors | {"removed": removed[name]}
+                ),
+                layer.weight.device,
+                lambda: base.refit(layer, dense[name], removed[name]).tensors,
+            )
+            return DenseLayer(dense[name].spec, tensors)
+
+        return {name: refitted(name) for name in track(self.weights, label, total=len(self.weights))}
 
     def forget(self) -> None:
         """Release the layers that are kept."""
@@ -130,6 +143,18 @@ class LayerQuantizer:
         fisher = self.start.square[name].to(weight.device) if self.start is not None else None
         inputs = self.inputs[name].to(weight.device) if name in self.inputs else None
         return LayerData(weight.float(), fisher=fisher, inputs=inputs)
+
+
+def _key(base: Base, layer: LayerData, needs: frozenset[Need], given: Mapping[str, Tensor], **settings: object) -> str:
+    """Of what a base makes of a layer from what it needs to know, and of further tensors."""
+    seen: list[Tensor] = [layer.weight]
+    if Need.INPUTS in needs:
+        inputs = layer.require_inputs()
+        seen += [inputs.hessian, inputs.mean_abs]
+    if Need.FISHER in needs:
+        seen.append(layer.require_fisher())
+    version = vllm_requant.__version__
+    return fingerprint(*seen, given, base=base.name, version=version, **settings, **vars(base))
 
 
 def _no_mask(weight: Tensor) -> Tensor:

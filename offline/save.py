@@ -12,16 +12,19 @@ from vllm_requant.format import CheckpointConfig
 from vllm_requant.format.experts import stored_name
 from vllm_requant.format.writer import staged_folder, write_tensors
 
+from .cache import TensorCache, fingerprint
 from .calibration import Calibration, load_calibration
 from .models import CausalLM, model_config, other_tensors
 from .observer import current_observer
 from .pipeline import Conversion, convert
 from .recipe import Recipe
 from .stages import Stages
+from .work import WorkFolder
 
-__all__ = ["REPORT_NAME", "convert_and_save", "convert_on", "save"]
+__all__ = ["REPORT_NAME", "TIMINGS_NAME", "convert_and_save", "convert_on", "save"]
 
 REPORT_NAME = "requant_report.json"
+TIMINGS_NAME = "requant_timings.json"
 
 
 def convert_and_save(
@@ -32,8 +35,9 @@ def convert_and_save(
     dataset: str = "self",
     overwrite: bool = False,
     max_shard_size: str = "5GB",
-    cache: Path | None = None,
+    cache: TensorCache | None = None,
     low_memory: bool = False,
+    work: WorkFolder | None = None,
 ) -> tuple[CheckpointConfig, Conversion]:
     """The whole way from a loaded model to a checkpoint in ``folder``.
 
@@ -45,24 +49,40 @@ def convert_and_save(
         overwrite: replace an existing checkpoint.
         max_shard_size: of a safetensors file, such as ``5GB``.
         cache, low_memory: as in :func:`convert`.
+        work: where the conversion keeps what it has done, in the place of ``cache``; removed once the checkpoint is
+            complete.
 
     Returns:
         The configuration that was written and the conversion itself.
 
     Raises:
         CalibrationError: the calibration text is missing or too short.
+        WorkError: the model or the text is not that with which the work was begun.
+        ModelError: the model's files have changed since it was loaded.
         OSError: ``folder`` cannot be written.
     """
     recipe = recipe.on(lm.device)  # what is kept says what was done
-    conversion, calibration = convert_on(lm, recipe, dataset, cache=cache, low_memory=low_memory)
+    if work is not None:
+        work.agree("the model", fingerprint(lm.model.state_dict()))
+        cache = work.cache
+    conversion, calibration = convert_on(lm, recipe, dataset, cache=cache, low_memory=low_memory, work=work)
+    lm.files.check()
     with Stages().stage("save"):
         config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
+    if work is not None:
+        work.remove()
     current_observer().converted(config, conversion.report)
     return config, conversion
 
 
 def convert_on(
-    lm: CausalLM, recipe: Recipe, dataset: str, *, cache: Path | None = None, low_memory: bool = False
+    lm: CausalLM,
+    recipe: Recipe,
+    dataset: str,
+    *,
+    cache: TensorCache | None = None,
+    low_memory: bool = False,
+    work: WorkFolder | None = None,
 ) -> tuple[Conversion, Calibration | None]:
     """Convert a model with calibration text, which is not read if the recipe needs none; arguments as above."""
     calibration = None
@@ -74,7 +94,10 @@ def convert_on(
             num_samples=recipe.num_samples,
             seq_len=recipe.seq_len,
             seed=recipe.seed,
+            cache=cache,
         )
+        if work is not None:
+            work.agree("the calibration text", calibration.fingerprint)
     tokens = calibration.tokens if calibration is not None else None
     return convert(lm, recipe, tokens, cache=cache, low_memory=low_memory), calibration
 
@@ -105,7 +128,9 @@ def save(
         if lm.model.generation_config is not None:
             lm.model.generation_config.save_pretrained(staging)
         report = {"provenance": config.provenance, **conversion.report}
-        (staging / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        # in a file of their own: all others are the same, byte by byte, whenever the same is converted
+        for name, content in ((TIMINGS_NAME, report.pop("stages")), (REPORT_NAME, report)):
+            (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_tensors(
             staging,
             model_config(lm),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import TensorCache, fingerprint
+from .cache import Snapshot, TensorCache, fingerprint
 from .models import computing_in
 from .path import Observer
 from .pqi import GradientMoments, Objective
@@ -60,7 +60,7 @@ class _Moments:
     def __init__(self, features: int, device: torch.device) -> None:
         self.second = torch.zeros(features, features, device=device)
         self.magnitude = torch.zeros(features, device=device)
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64)
 
     def add(self, x: Tensor, importance: Tensor | None = None) -> None:
         """Count inputs ``[tokens, features]``, of the given importance ``[tokens]`` or all alike."""
@@ -74,13 +74,17 @@ class _Moments:
         self.magnitude += x.abs().sum(0).to(self.magnitude.device)
         self.tokens += len(x)
 
+    def state(self) -> dict[str, Tensor]:
+        """All that it has added up."""
+        return {"second": self.second, "magnitude": self.magnitude, "tokens": self.tokens}
+
     def result(self) -> dict[str, Tensor]:
         if self.tokens == 0:  # an expert that none was sent to: all its inputs count alike
             return {"hessian": torch.eye(len(self.second), device=self.second.device), "mean_abs": self.magnitude + 1}
         # what is symmetric by definition is made so up to the last bit
         return {
-            "hessian": (self.second + self.second.t()) / (2 * self.tokens),
-            "mean_abs": self.magnitude / self.tokens,
+            "hessian": (self.second + self.second.t()) / (2 * int(self.tokens)),
+            "mean_abs": self.magnitude / int(self.tokens),
         }
 
 
@@ -111,10 +115,11 @@ def input_statistics(
     leaders = _shared_inputs(model, layers, tokens[:1, :2])
     firsts = {name: layers[name] for name in set(leaders.values())}
     device = accumulate_on or next(model.parameters()).device
-    tensors = (cache or TensorCache()).get(
+    tensors = (cache or TensorCache()).resume(
+        "inputs",
         lambda: fingerprint(model.state_dict(), tokens, inputs=sorted(firsts), compute=compute),
         device,
-        lambda: _collect(model, firsts, tokens, compute, device, label),
+        lambda snapshot: _collect(model, firsts, tokens, compute, device, label, snapshot),
     )
     results = _statistics(tensors, firsts)
     return {name: results[leaders[name]] for name in layers}
@@ -139,12 +144,15 @@ def guided_statistics(
         # the loss is a mean over the tokens of a sequence; that of each is meant
         return lambda x, grad_output: moments.add(x, (grad_output.float() * seq_len).square().mean(1))
 
-    def collect() -> dict[str, Tensor]:
+    def collect(snapshot: Snapshot) -> dict[str, Tensor]:
         sums = {name: _Moments(layer.in_features, device) for name, layer in objective.layers.items()}
-        moments = objective.walk_start({name: guided(part) for name, part in sums.items()}, label=label)
+        observers = {name: guided(part) for name, part in sums.items()}
+        moments = objective.walk_start(observers, label=label, snapshot=snapshot, state=_state(sums))
         return moments.flat() | _flat(sums)
 
-    tensors = (cache or TensorCache()).get(lambda: objective.fingerprint(gradients="with inputs"), device, collect)
+    tensors = (cache or TensorCache()).resume(
+        "gradients_and_inputs", lambda: objective.fingerprint(gradients="with inputs"), device, collect
+    )
     return GradientMoments.from_flat(tensors), _statistics(tensors, objective.layers)
 
 
@@ -160,6 +168,10 @@ def _flat(moments: Mapping[str, _Moments]) -> dict[str, Tensor]:
     return {f"{part}.{name}": tensor for name, moment in moments.items() for part, tensor in moment.result().items()}
 
 
+def _state(moments: Mapping[str, _Moments]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for name, moment in moments.items() for part, tensor in moment.state().items()}
+
+
 def _statistics(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, InputStatistics]:
     return {name: InputStatistics(tensors[f"hessian.{name}"], tensors[f"mean_abs.{name}"]) for name in names}
 
@@ -171,6 +183,7 @@ def _collect(
     compute: str,
     accumulators: torch.device,
     label: str,
+    snapshot: Snapshot,
 ) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     moments = {name: _Moments(layer.in_features, accumulators) for name, layer in layers.items()}
@@ -179,9 +192,13 @@ def _collect(
         for name, moment in moments.items()
     ]
     try:
+        state = _state(moments)
+        first = snapshot.restore(state)
         with computing_in(compute, device):
-            for row in track(tokens, label, total=len(tokens), tokens_per_item=tokens.shape[1]):
+            rest = track(tokens[first:], label, total=len(tokens) - first, tokens_per_item=tokens.shape[1])
+            for number, row in enumerate(rest, start=first):
                 model.base_model(row[None].to(device), use_cache=False)  # no head: nobody looks at predictions
+                snapshot.offer(number + 1, state)
     finally:
         for hook in hooks:
             hook.remove()

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import TensorCache
 from .evaluate import EvaluationText, compare, evaluation_windows, predictions
 from .models import find_layers, load_causal_lm
 from .recipe import Recipe, RecipeError
@@ -161,7 +162,9 @@ class Sweep:
         started = time.monotonic()
         lm = load_causal_lm(self.source, device=self.device)
         recipe = recipe.on(lm.device)
-        conversion, calibration = convert_on(lm, recipe, self.calibration, cache=self.cache, low_memory=self.low_memory)
+        conversion, calibration = convert_on(
+            lm, recipe, self.calibration, cache=TensorCache(self.cache), low_memory=self.low_memory
+        )
         seconds = time.monotonic() - started
         if self.checkpoints is not None:
             # without a line in the results the run starts anew, and what it had written is replaced

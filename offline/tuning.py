@@ -21,6 +21,7 @@ from vllm_requant.kernels.reference import hadamard_blocks, rotated_trellis, sig
 
 from .bases import DenseLayer, relative_error
 from .bases.uniform import SMALLEST_SCALE, column_groups
+from .cache import Snapshot, TensorCache, fingerprint
 from .models import COMPUTE_DTYPES
 from .path import Observer, moving_layers
 from .pqi import Objective
@@ -160,6 +161,7 @@ def tune(
     epochs: int,
     rate: float = 0.005,
     norms: bool = True,
+    cache: TensorCache | None = None,
 ) -> tuple[dict[str, DenseLayer], list[float]]:
     """Tune scales and tables, and the model's norms in place.
 
@@ -171,37 +173,64 @@ def tune(
         rate: of Adam, in units of each tensor's root mean square times the relative error of its layer's weights (for
             norms, that of all of them): what is nearly right is moved less. It warms up and falls like a cosine.
         norms: whether norms are tuned too; they are rounded to the type they are stored in by whoever stores them.
+        cache: where the result is kept, and the state of the optimizer on the way.
 
     Returns:
         The tuned layers, and the divergence before each step, in nats a token.
     """
-    model, layers = objective.model, objective.layers
-    original = objective.start
     parts = {name: tunable(layer) for name, layer in dense.items()}
-    norm_parameters = norm_weights(model, layers) if norms else []
+    norm_parameters = norm_weights(objective.model, objective.layers) if norms else []
     originals = tuple((parameter, parameter.data.clone()) for parameter in norm_parameters)
     objective = replace(objective, originals=originals)
+    tuned = {f"layer.{name}": part.parameter for name, part in parts.items()}
+    tuned |= {f"norm.{number}": parameter.data for number, parameter in enumerate(norm_parameters)}
+
+    def key() -> str:
+        codes = {f"{name}.{suffix}": t for name, layer in dense.items() for suffix, t in layer.tensors.items()}
+        return objective.fingerprint(tuned=fingerprint(codes, masks), epochs=epochs, rate=rate, norms=norms)
+
+    def compute(snapshot: Snapshot) -> dict[str, Tensor]:
+        divergence = _learn(objective, parts, masks, norm_parameters, tuned, epochs, rate, snapshot)
+        return tuned | {"divergence": divergence}
+
+    result = (cache or TensorCache()).resume("tuned", key, objective.device, compute)
+    for name, tensor in tuned.items():
+        tensor.copy_(result[name])
+    return {name: part.result() for name, part in parts.items()}, result["divergence"].tolist()
+
+
+def _learn(
+    objective: Objective,
+    parts: Mapping[str, Tunable],
+    masks: Mapping[str, Tensor],
+    norm_parameters: list[nn.Parameter],
+    tuned: Mapping[str, Tensor],
+    epochs: int,
+    rate: float,
+    snapshot: Snapshot,
+) -> Tensor:
+    """Tune in place; the divergence before each step, float64 ``[steps]``."""
+    original = objective.start
     computed_in = COMPUTE_DTYPES[objective.compute]
 
     def placed(name: str) -> Tensor:
         return torch.where(masks[name], original[name].float(), parts[name].weight()).to(computed_in)
 
     end = {name: placed(name) for name in parts}
-    tuned = [part.parameter for part in parts.values()] + [parameter.data for parameter in norm_parameters]
     errors = [relative_error(end[name].float(), original[name].float()) for name in parts]
     errors += [math.sqrt(sum(error**2 for error in errors) / len(errors))] * len(norm_parameters)
     optimizer = torch.optim.Adam(
         [
             {"params": [tensor], "lr": rate * error * float(tensor.square().mean().sqrt())}
-            for tensor, error in zip(tuned, errors, strict=True)
+            for tensor, error in zip(tuned.values(), errors, strict=True)
         ],
         betas=(0.9, 0.95),
     )
+    rates = [group["lr"] for group in optimizer.param_groups]
     steps = epochs * len(objective.tokens)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))),
-    )
+    divergence = torch.zeros(steps, dtype=torch.float64)
+    state = {**tuned, "divergence": divergence, **_adam_state(optimizer, tuned)}
+    first = snapshot.restore(state)
 
     def learner(name: str) -> Observer:
         # a layer's gradient is brought down to that of its parameter at once: those of all weights never exist together
@@ -212,26 +241,43 @@ def tune(
 
         return learn
 
-    divergence = []
-    with moving_layers(layers, end) as states:
-        for name, state in states.items():
-            state.observer = learner(name)
-        for step in track(range(steps), "tuning", total=steps, tokens_per_item=objective.tokens.shape[1]):
+    with moving_layers(objective.layers, end) as states:
+        for name, layer in states.items():
+            layer.observer = learner(name)
+            layer.end.copy_(placed(name))
+        rest = range(first, steps)
+        for step in track(rest, "tuning", total=len(rest), tokens_per_item=objective.tokens.shape[1]):
             row = objective.tokens[step % len(objective.tokens)]
             teacher = objective.teacher(row, states)
-            for state in states.values():
-                state.t = 1.0
+            for layer in states.values():
+                layer.t = 1.0
             for parameter in norm_parameters:
                 parameter.requires_grad_(True)
             loss = objective.divergence(row, teacher)
             loss.backward()
-            divergence.append(float(loss.detach()))
-            for parameter, tensor in zip(norm_parameters, tuned[len(parts) :], strict=True):
-                tensor.grad, parameter.grad = parameter.grad, None
+            divergence[step] = float(loss.detach())
+            for number, parameter in enumerate(norm_parameters):
+                tuned[f"norm.{number}"].grad, parameter.grad = parameter.grad, None
                 parameter.requires_grad_(False)
+            for group, base_rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = base_rate * _schedule(step, steps)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             for name in parts:
                 states[name].end.copy_(placed(name))
-    return {name: part.result() for name, part in parts.items()}, divergence
+            snapshot.offer(step + 1, state)
+    return divergence
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _adam_state(optimizer: torch.optim.Adam, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's own tensors, which it would else make at its first step."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in tuned.items():
+        own = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+        optimizer.state[tensor] = own
+        state |= {f"adam.{name}.{part}": value for part, value in own.items()}
+    return state

@@ -68,6 +68,12 @@ class LayerData:
         squared = error.square() if self.fisher is None else error.square() * self.fisher
         return float(squared.sum(dtype=torch.float64))
 
+    @property
+    def known(self) -> frozenset[Need]:
+        """What was measured of the layer."""
+        measured = {Need.FISHER: self.fisher, Need.INPUTS: self.inputs}
+        return frozenset(need for need, value in measured.items() if value is not None)
+
     def require_fisher(self) -> Tensor:
         if self.fisher is None:
             raise ValueError("this base needs the Fisher information")

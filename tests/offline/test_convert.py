@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from vllm_requant import hf
 from vllm_requant.format.experts import MIXTURES
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.offline import pipeline
+from vllm_requant.offline.cache import TensorCache
 from vllm_requant.offline.calibration import CalibrationError, load_calibration
 from vllm_requant.offline.metrics import METRICS
 from vllm_requant.offline.models import ModelError, find_layers, load_causal_lm, skeleton
+from vllm_requant.offline.outliers import TAUS
 from vllm_requant.offline.pipeline import plan
 from vllm_requant.offline.pqi import Objective
 from vllm_requant.offline.recipe import Recipe, RecipeError
@@ -276,34 +280,31 @@ def test_the_base_rule_spends_the_whole_sparse_budget(tmp_path: Path) -> None:
     assert sum(layer.spec.nnz for layer in conversion.layers.values()) == pytest.approx(0.02 * total, rel=0.02)
 
 
-def test_cached_integrals_give_the_same_checkpoint(tmp_path: Path) -> None:
+def test_cached_results_give_the_same_checkpoint(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "in")
     small = SMALL | {"metric": "pqi"}  # of which every step takes an integral
-    results = []
-    for run in ("first", "second"):
-        lm = load_causal_lm(str(source))
-        _, conversion = convert_and_save(lm, tmp_path / run, Recipe(**small), cache=tmp_path / "cache")
-        results.append((tmp_path / run / "model.safetensors").read_bytes())
-        entries = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert results[0] == results[1]
-    layers = len(conversion.layers)
-    assert len(entries) == 1 + layers + 3, "gradients, pre-quantized layers, algorithm 1, two rounds of algorithm 2"
+
+    def convert(run: str, **choices: Any) -> tuple[bytes, Counter[str]]:
+        cache = TensorCache(tmp_path / "cache")
+        convert_and_save(load_causal_lm(str(source)), tmp_path / run, Recipe(**small | choices), cache=cache)
+        files = (tmp_path / "cache").rglob("*.safetensors")
+        kept = Counter(file.relative_to(tmp_path / "cache").parts[0] for file in files)
+        return (tmp_path / run / "model.safetensors").read_bytes(), kept
+
+    first, kept = convert("first")
+    assert convert("second") == (first, kept)
+    layers = len(find_layers(load_causal_lm(str(source)).model))
+    assert (kept["calibration_text"], kept["gradients"]) == (1, 1)
+    assert kept["integral"] == 3, "algorithm 1, two rounds of algorithm 2"
+    assert kept["quantized"] == layers * (1 + len(TAUS)), "pre-quantized, and with every candidate's outliers removed"
     # another path is another entry
-    convert_and_save(
-        load_causal_lm(str(source)), tmp_path / "third", Recipe(**small | {"bits": 3}), cache=tmp_path / "cache"
-    )
-    number = 1 + 2 * (layers + 3)
-    assert len(list((tmp_path / "cache").iterdir())) == number, "only the gradients are the same"
-    choices = small | {"base": "gptq", "num_samples": 8}
-    for group_size in (32, 64):
-        convert_and_save(
-            load_causal_lm(str(source)),
-            tmp_path / f"groups of {group_size}",
-            Recipe(**choices, group_size=group_size),
-            cache=tmp_path / "cache",
-        )
-    number += 1 + 2 * (layers + 3)
-    assert len(list((tmp_path / "cache").iterdir())) == number, "statistics of the inputs are the same"
+    _, after = convert("third", bits=3)
+    assert {stage for stage in kept if after[stage] == kept[stage]} == {"calibration_text", "gradients"}
+    assert after["integral"] == 6
+    _, before = convert("groups of 32", base="gptq", num_samples=8, group_size=32)
+    _, after = convert("groups of 64", base="gptq", num_samples=8, group_size=64)
+    assert after["gradients_and_inputs"] == before["gradients_and_inputs"] == 1, "statistics of the inputs are the same"
+    assert after["integral"] == before["integral"] + 3
 
 
 @pytest.mark.parametrize("tied", [True, False])

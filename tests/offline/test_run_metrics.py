@@ -21,7 +21,7 @@ from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.observer import RunObserver, current_observer, observing
 from vllm_requant.offline.recipe import Recipe, RecipeError
 from vllm_requant.offline.run_metrics import METRICS, RunMetrics, check_metrics_file, recording
-from vllm_requant.offline.save import convert_and_save
+from vllm_requant.offline.save import REPORT_NAME, TIMINGS_NAME, convert_and_save
 from vllm_requant.offline.stages import Stages
 
 SAMPLES, PATH_SAMPLES, SEQ_LEN, NODES, EPOCHS = 5, 2, 24, 3, 2
@@ -103,8 +103,9 @@ def watched(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
 
 @pytest.fixture(scope="module")
 def report(watched: Watched) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((watched.path.parent / "out" / "requant_report.json").read_text())
-    return content
+    out = watched.path.parent / "out"
+    content: dict[str, Any] = json.loads((out / REPORT_NAME).read_text())
+    return content | {"stages": json.loads((out / TIMINGS_NAME).read_text())}
 
 
 def test_the_file_tells_how_far_a_run_is(watched: Watched) -> None:

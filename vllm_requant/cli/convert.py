@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..format import LayerSpec
     from ..offline.recipe import Recipe
+    from ..offline.work import WorkFolder
 
 __all__ = ["command"]
 
@@ -91,6 +92,14 @@ def command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of calibration and controls.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keeps what is done until all is, for --resume [beside the output]."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a conversion that stopped.")] = False,
+    snapshot_every: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Most of a long computation that a crash may cost.")
+    ] = 600.0,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what later conversions can use.")] = None,
     metrics_file: Annotated[
         Path | None,
@@ -106,10 +115,12 @@ def command(
     set_up_logging()
     with command_errors():
         from ..format.writer import check_output
+        from ..offline.cache import TensorCache
         from ..offline.calibration import check_dataset
         from ..offline.models import DTYPES, skeleton
         from ..offline.pipeline import plan
         from ..offline.recipe import Recipe, RecipeError
+        from ..offline.work import WorkFolder, arguments_of, default_folder
 
         place = find_device(device)
         recipe = Recipe(
@@ -158,19 +169,39 @@ def command(
             if dry_run:
                 _show(planned | {"dry_run": True, "model": model, "has_target": recipe.has_target}, as_json)
                 return
-            result = _convert(
-                model,
-                output,
+            recipe = recipe.on(place)
+            arguments = arguments_of(
                 recipe,
-                dataset=calibration_dataset,
-                dtype=dtype,
-                revision=revision,
-                overwrite=overwrite,
-                max_shard_size=max_shard_size,
-                cache=cache,
-                device=place,
-                low_memory=low_memory,
+                MODEL=model,
+                **{
+                    "--calibration-dataset": calibration_dataset,
+                    "--dtype": dtype,
+                    "--revision": revision,
+                    "--max-shard-size": max_shard_size,
+                    "--device": place.type,
+                    "--low-memory": low_memory,
+                },
             )
+            with WorkFolder.open(
+                work_dir or default_folder(output),
+                arguments,
+                resume=resume,
+                overwrite=overwrite,
+                cache=TensorCache(cache, snapshot_every=snapshot_every),
+            ) as work:
+                result = _convert(
+                    model,
+                    output,
+                    recipe,
+                    work,
+                    dataset=calibration_dataset,
+                    dtype=dtype,
+                    revision=revision,
+                    overwrite=overwrite,
+                    max_shard_size=max_shard_size,
+                    device=place,
+                    low_memory=low_memory,
+                )
         _show(result, as_json)
 
 
@@ -178,13 +209,13 @@ def _convert(
     model: str,
     output: Path,
     recipe: "Recipe",
+    work: "WorkFolder",
     *,
     dataset: str,
     dtype: str,
     revision: str | None,
     overwrite: bool,
     max_shard_size: str,
-    cache: Path | None,
     device: "torch.device",
     low_memory: bool,
 ) -> dict[str, Any]:
@@ -203,8 +234,8 @@ def _convert(
         dataset=dataset,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
-        cache=cache,
         low_memory=low_memory,
+        work=work,
     )
     report = conversion.report
     return {

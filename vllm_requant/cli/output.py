@@ -114,10 +114,11 @@ def command_errors() -> Iterator[None]:
         from ..offline.calibration import CalibrationError
         from ..offline.models import ModelError
         from ..offline.recipe import RecipeError
+        from ..offline.work import WorkError
 
         if isinstance(error, RecipeError):
             _fail(str(error), 2)
-        if isinstance(error, (ModelError, CalibrationError)):
+        if isinstance(error, (ModelError, CalibrationError, WorkError)):
             _fail(str(error), 1)
         raise
 

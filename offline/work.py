@@ -1,0 +1,159 @@
+"""The folder in which a conversion keeps what it has done: a run that stops anywhere goes on from there.
+
+It holds the arguments that the conversion was begun with, a lock, and a file for every result (:mod:`.cache`). It goes
+when the checkpoint is complete.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import vllm_requant
+from vllm_requant.format.durable import write_bytes
+
+from .cache import TensorCache
+from .recipe import Recipe
+
+__all__ = ["WorkError", "WorkFolder", "arguments_of", "default_folder"]
+
+_ARGUMENTS, _LOCK, _RESULTS = "arguments.json", "lock", "results"
+
+
+class WorkError(ValueError):
+    """A work folder cannot be used: it is another conversion's, or is in use, or what was converted has changed."""
+
+
+def default_folder(output: Path) -> Path:
+    """Where the work of a conversion lies if nobody names a place: beside the checkpoint."""
+    return output.absolute().with_name(f"{output.name}.work")
+
+
+def arguments_of(recipe: Recipe, **others: object) -> dict[str, object]:
+    """What has to be the same when a conversion goes on, by the flag that sets it."""
+    flags = {f"--{name.replace('_', '-')}": value for name, value in recipe.describe().items()}
+    return flags | others
+
+
+class WorkFolder:
+    """One conversion's folder; see :meth:`open`.
+
+    Attributes:
+        path: the folder.
+        cache: keeps results there.
+    """
+
+    def __init__(self, path: Path, cache: TensorCache, arguments: dict[str, Any]) -> None:
+        self.path, self.cache, self._arguments = path, cache, arguments
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        path: Path,
+        arguments: Mapping[str, object],
+        *,
+        resume: bool,
+        overwrite: bool = False,
+        cache: TensorCache,
+    ) -> Iterator["WorkFolder"]:
+        """A folder for the time of a block, which nobody else can have meanwhile.
+
+        Args:
+            path: made if it is not there.
+            arguments: JSON values by the name that a user gives them.
+            resume: go on with what is there.
+            overwrite: throw away what is there, if not resuming.
+            cache: where results are kept; without a folder of its own, it is given one inside this one.
+
+        Raises:
+            WorkError: the folder holds unfinished work and ``resume`` is not set, or there is nothing to resume, or
+                it was begun with other arguments or by another version, or another process uses it.
+            OSError: it cannot be written.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            content = {"version": vllm_requant.__version__, "arguments": json.loads(json.dumps(dict(arguments)))}
+            begun = path / _ARGUMENTS
+            if resume:
+                _compare(path, content)
+            else:
+                if begun.exists() and not overwrite:
+                    raise WorkError(
+                        f"{path} holds an unfinished conversion; pass --resume to go on with it, "
+                        "or --overwrite to begin anew"
+                    )
+                shutil.rmtree(path / _RESULTS, ignore_errors=True)
+                write_bytes(begun, _json(content))
+            if not cache.enabled:
+                cache = TensorCache(path / _RESULTS, snapshot_every=cache.snapshot_every)
+            yield cls(path, cache, json.loads(begun.read_text(encoding="utf-8")))
+
+    def agree(self, what: str, value: str) -> None:
+        """Hold on to a fact that is known later than the arguments; it has to be the same when the work goes on.
+
+        Raises:
+            WorkError: it is not.
+        """
+        facts = self._arguments.setdefault("facts", {})
+        if what in facts and facts[what] != value:
+            raise WorkError(f"{self.path}: {what} is not the one that the conversion was begun with; {_ANEW}")
+        if what not in facts:
+            facts[what] = value
+            write_bytes(self.path / _ARGUMENTS, _json(self._arguments))
+
+    def remove(self) -> None:
+        """The conversion is complete. The arguments go first: what is left without them is nobody's work."""
+        (self.path / _ARGUMENTS).unlink()
+        shutil.rmtree(self.path)
+
+
+_ANEW = "begin anew with --overwrite, or name another --work-dir"
+
+
+def _compare(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        begun = json.loads((path / _ARGUMENTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WorkError(f"{path} holds no conversion to resume; leave --resume out to begin one") from None
+    if begun["version"] != content["version"]:
+        raise WorkError(f"{path} was begun by version {begun['version']}, this is {content['version']}; {_ANEW}")
+    before, now = begun["arguments"], content["arguments"]
+    for name in [*before, *(name for name in now if name not in before)]:
+        if before.get(name) != now.get(name):
+            raise WorkError(
+                f"{path}: {name} is {now.get(name)} now, the conversion was begun with {before.get(name)}; "
+                f"give the same again, or {_ANEW}"
+            )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path / _LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise WorkError(
+                f"{path} is in use by process {file.read().strip() or 'unknown'}; wait for it, or name another "
+                "--work-dir and -o"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
