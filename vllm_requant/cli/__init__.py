@@ -1,4 +1,4 @@
-"""``requant``: convert, inspect, eval, sweep, serve, bench, load, soak. One file a command.
+"""``requant``: convert, inspect, verify, eval, sweep, serve, bench, load, soak. One file a command.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 good, 1 failed, 2 wrong usage.
 """
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, convert, evaluate, inspect, load, serve, soak, sweep
+from . import bench, convert, evaluate, inspect, load, serve, soak, sweep, verify
 
 __all__ = ["app", "main"]
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
+app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("sweep")(sweep.command)
 # what these do not know is vLLM's

@@ -6,13 +6,13 @@ the checkpoint.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from .errors import ReQuantFormatError
 from .untrusted import file_of, open_regular, read_bounded
 
-__all__ = ["SUMS_NAME", "check_sum", "file_sums", "read_sums"]
+__all__ = ["SUMS_NAME", "check_sum", "file_sums", "read_sums", "require_listed"]
 
 SUMS_NAME = "SHA256SUMS"
 _MAX_BYTES = 2**20
@@ -54,6 +54,17 @@ def read_sums(folder: Path) -> dict[str, str] | None:
             raise ReQuantFormatError(f"line {number} lists {match[2]} again", file=path)
         sums[match[2]] = match[1]
     return sums
+
+
+def require_listed(needed: Set[str], sums: Mapping[str, str], file: Path) -> None:
+    """A list that leaves out a part of the checkpoint would say nothing about it.
+
+    Raises:
+        ReQuantFormatError: a file is not listed.
+    """
+    missing = sorted(needed - sums.keys())
+    if missing:
+        raise ReQuantFormatError(f"does not list {missing[0]}", file=file)
 
 
 def check_sum(folder: Path, name: str, expected: str) -> None:
