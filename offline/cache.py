@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_requant.format.durable import write_tensors
+from vllm_requant.format.durable import write_safetensors
 
 __all__ = ["Snapshot", "TensorCache", "fingerprint"]
 
@@ -64,7 +64,7 @@ class Snapshot:
         """Keep the state before that step, if the last time is long enough ago."""
         if self._path is None or time.monotonic() - self._last < self._every:
             return
-        write_tensors(self._path, {name: t.cpu() for name, t in state.items()} | {_STEP: torch.tensor(step)})
+        write_safetensors(self._path, {name: t.cpu() for name, t in state.items()} | {_STEP: torch.tensor(step)})
         self._last = time.monotonic()
 
     def forget(self) -> None:
@@ -119,7 +119,7 @@ class TensorCache:
         if tensors is None:
             snapshot = Snapshot(path.with_suffix(".snapshot"), self.snapshot_every)
             tensors = compute(snapshot)
-            write_tensors(path, tensors)
+            write_safetensors(path, tensors)
             snapshot.forget()
         return tensors
 

@@ -110,9 +110,10 @@ class PathIntegral:
 
     def predicted(self) -> dict[str, float]:
         """Signed share of ΔF of every layer; the sum predicts ΔF."""
+        gradient = self.moments.gradient
         return {
-            name: signed_share(gradient, self.end[name].float() - self.start[name].float())
-            for name, gradient in self.moments.gradient.items()
+            name: signed_share(gradient[name], self.end[name].float() - start.float())
+            for name, start in self.start.items()
         }
 
 

@@ -128,9 +128,8 @@ def save(
         if lm.model.generation_config is not None:
             lm.model.generation_config.save_pretrained(staging)
         report = {"provenance": config.provenance, **conversion.report}
-        # in a file of their own: all others are the same, byte by byte, whenever the same is converted
-        for name, content in ((TIMINGS_NAME, report.pop("stages")), (REPORT_NAME, report)):
-            (staging / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        timings = report.pop("stages")
+        _write_json(staging / REPORT_NAME, report)
         write_tensors(
             staging,
             model_config(lm),
@@ -139,7 +138,13 @@ def save(
             other_tensors(lm, set(conversion.layers)),
             max_shard_size=max_shard_size,
         )
+        # apart, and without a checksum: all other files are the same, byte by byte, whenever the same is converted
+        _write_json(staging / TIMINGS_NAME, timings)
     return config
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _provenance(lm: CausalLM, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["sync_file", "sync_folder", "write_bytes", "write_tensors"]
+__all__ = ["sync_file", "sync_folder", "write_bytes", "write_safetensors"]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file.
 
     Raises:
@@ -28,7 +28,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file; errors as for :func:`write_tensors`."""
+    """Write a small file; errors as for :func:`write_safetensors`."""
     aside = _aside(path)
     try:
         aside.write_bytes(content)

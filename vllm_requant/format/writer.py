@@ -3,25 +3,29 @@
 Everything is written into a folder beside the target, ``config.json`` last, and renamed into place.
 """
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .checksums import SUMS_NAME, file_sums
+from .durable import sync_file, sync_folder, write_safetensors
 from .layer import QuantizedLayer
 from .model_config import without_code
 from .reader import CONFIG_NAME, INDEX_NAME
 from .schema import CheckpointConfig
 
 __all__ = ["check_output", "staged_folder", "write_tensors"]
+
+_PARTIAL, _RETIRED = ".partial-", ".old-"
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -49,24 +53,55 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 def staged_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write into that becomes ``folder`` when the block ends, and vanishes when it raises.
 
-    An existing target is replaced only after the new one is complete.
+    An existing target is replaced only after the new one is complete and on the disk. What a process that was killed
+    here has left behind is cleared away, or put back where it was.
     """
+    _clear_leftovers(folder)
     check_output(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    retired = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    staging = folder.parent / f".{folder.name}{_PARTIAL}{os.getpid()}"
+    retired = folder.parent / f".{folder.name}{_RETIRED}{os.getpid()}"
     staging.mkdir()
     try:
-        yield staging
-        if folder.exists():
-            folder.rename(retired)
-        staging.rename(folder)
+        with _held(staging):
+            yield staging
+            for path in staging.iterdir():
+                sync_file(path)
+            sync_folder(staging)
+            if folder.exists():
+                folder.rename(retired)
+            staging.rename(folder)
+            sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if retired.exists() and not folder.exists():
             retired.rename(folder)
         raise
     shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Raises:
+    BlockingIOError: another process, possibly of another machine, holds the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for retired in folder.parent.glob(f".{glob.escape(folder.name)}{_RETIRED}*"):
+        if folder.exists():
+            shutil.rmtree(retired)
+        else:
+            retired.rename(folder)
+    for staging in folder.parent.glob(f".{glob.escape(folder.name)}{_PARTIAL}*"):
+        with suppress(BlockingIOError), _held(staging):
+            shutil.rmtree(staging)
 
 
 def write_tensors(
@@ -98,7 +133,7 @@ def write_tensors(
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file_name, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file_name, metadata={"format": "pt"})
+        write_safetensors(folder / file_name, {name: tensors[name] for name in names}, {"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_NAME).write_bytes(_json(index))
