@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..kernels.bitstream import row_bytes
 from ..kernels.reference import TILE
@@ -62,6 +70,16 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _whole(value: Any) -> Any:
+    # a Literal compares: it would take 4.0 for 4
+    if type(value) is not int:
+        raise ValueError("Input should be a valid integer")
+    return value
+
+
+_Whole = BeforeValidator(_whole)
 
 
 class _LayerBase(BaseModel):
@@ -143,7 +161,7 @@ class UniformSpec(_LayerBase):
     """Group-wise asymmetric integers: ``(code − zero_point) · scale``."""
 
     kind: Literal["uniform"] = "uniform"
-    bits: Literal[2, 3, 4, 8]
+    bits: Annotated[Literal[2, 3, 4, 8], _Whole]
     group_size: int = Field(ge=32, le=65536, multiple_of=32)
 
     @property
@@ -172,7 +190,7 @@ class LutSpec(_LayerBase):
     """A table of ``2**bits`` values per output row."""
 
     kind: Literal["lut"] = "lut"
-    bits: Literal[2, 3, 4]
+    bits: Annotated[Literal[2, 3, 4], _Whole]
 
     @property
     def kernel_settings(self) -> dict[str, int]:
@@ -200,8 +218,8 @@ class TrellisSpec(_LayerBase):
     bits: int = Field(ge=1, le=6)
     state_bits: int = Field(ge=8, le=16)
     code: Literal["mul1"] = "mul1"
-    block_in: Literal[16, 32, 64, 128]
-    block_out: Literal[16, 32, 64, 128]
+    block_in: Annotated[Literal[16, 32, 64, 128], _Whole]
+    block_out: Annotated[Literal[16, 32, 64, 128], _Whole]
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "TrellisSpec":

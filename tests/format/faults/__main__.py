@@ -1,0 +1,5 @@
+"""``python -m tests.format.faults``."""
+
+from . import table
+
+print(table(), end="")
