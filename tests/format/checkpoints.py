@@ -1,8 +1,9 @@
 """Small checkpoints that keep every rule, and their files taken apart, so that tests can break one rule of one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,10 +37,22 @@ _SETTINGS = {
 }
 
 
-def write_checkpoint(folder: Path, architecture: str = "llama", *, max_shard_size: int | str = "5GB") -> Path:
-    """A checkpoint of a tiny model: a Llama with layers of every kind, or a Mixtral whose experts are quantized."""
+def write_checkpoint(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    max_shard_size: int | str = "5GB",
+    densities: Mapping[str, float] = MappingProxyType({}),
+    **settings: Any,
+) -> Path:
+    """A checkpoint of a tiny model: a Llama with layers of every kind, or a Mixtral whose experts are quantized.
+
+    Args:
+        densities: of the sparse parts of layers of these names, where other ones are wanted.
+        settings: of the model's configuration.
+    """
     torch.manual_seed(0)
-    config = tiny.CONFIGS[architecture](**_SETTINGS[architecture])
+    config = tiny.CONFIGS[architecture](**_SETTINGS[architecture] | settings)
     model = AutoModelForCausalLM.from_config(config)
     separate_experts(model)
     formats = _FORMATS if architecture == "llama" else _EXPERTS
@@ -49,6 +62,7 @@ def write_checkpoint(folder: Path, architecture: str = "llama", *, max_shard_siz
         wanted = formats.get(module.rpartition(".")[2])
         if wanted and suffix == "weight":
             kind, bits, density = wanted
+            density = densities.get(module.rpartition(".")[2], density)
             layer = random_layer(kind, bits, *tensor.shape, density=density, group_size=32, seed=len(layers))[0]
             layers[stored_name(config, module)] = layer
         else:

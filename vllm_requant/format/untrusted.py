@@ -62,7 +62,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ReQuantFormatError(f"has {size} bytes, more than the {limit} that are read", file=path)
-        return file.read(limit)
+        return file.read(size)  # not limit: so much would be allocated first
 
 
 def read_json(path: Path) -> dict[str, Any]:
