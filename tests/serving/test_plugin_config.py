@@ -13,7 +13,6 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from tests.serving.vllm_layers import BY_ROW, FORMATS, load, quant_config, random_layer
 from vllm_requant import kernels
-from vllm_requant.format import ReQuantFormatError
 from vllm_requant.format.rows import concat_rows, synthetic_layer, zero_layer
 from vllm_requant.serving import register
 
@@ -44,9 +43,9 @@ def test_config_survives_pickling():
 
 
 def test_malformed_config_is_refused():
-    from vllm_requant.serving.config import RequantConfig
+    from vllm_requant.serving.config import RefusedCheckpointError, RequantConfig
 
-    with pytest.raises(ReQuantFormatError, match="format version 99"):
+    with pytest.raises(RefusedCheckpointError, match="format version 99"):
         RequantConfig.from_config({"quant_method": "requant", "format_version": 99, "layers": {}})
 
 
@@ -61,6 +60,8 @@ def test_layers_are_renamed_as_the_model_renames_its_modules():
 
 
 def test_headers_are_checked_before_anything_is_built(tmp_path):
+    from vllm_requant.serving.config import RefusedCheckpointError
+
     config = quant_config({"c": LAYER})
     config.maybe_update_config("some-org/some-model")
     config.maybe_update_config(str(tmp_path))
@@ -68,7 +69,7 @@ def test_headers_are_checked_before_anything_is_built(tmp_path):
         json.dumps({"quantization_config": config.checkpoint.model_dump(mode="json")})
     )
     (tmp_path / "model.safetensors").write_bytes(b"not a header")
-    with pytest.raises(ReQuantFormatError, match=r"model\.safetensors"):
+    with pytest.raises(RefusedCheckpointError, match=r"model\.safetensors"):
         config.maybe_update_config(str(tmp_path))
 
 

@@ -1,6 +1,7 @@
 """``quantization_config`` of a ReQuant checkpoint as vLLM's ``QuantizationConfig``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from .. import __version__, kernels
-from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, parse_config
+from ..format import QUANT_METHOD, CheckpointConfig, LayerSpec, ReQuantFormatError, parse_config
 from ..format.validation import validate
 from .embedding import RequantEmbeddingMethod, TieableHeadMethod
 from .experts import RequantExpertsMethod, expert_modules
@@ -22,7 +23,7 @@ from .load_report import Loading, open_folder
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-__all__ = ["RequantConfig"]
+__all__ = ["RefusedCheckpointError", "RequantConfig"]
 
 # what models call their token embedding, and never their head
 _EMBEDDING_NAMES = frozenset(
@@ -33,6 +34,22 @@ _COMPILE_KEY = "requant_plugin"
 # vLLM's --load-format: those that only read pickled files, and those that do where they find no others
 _PICKLES = ("pt", "npcache")
 _GUESSES = ("auto", "hf")
+
+
+class RefusedCheckpointError(RuntimeError):
+    """A checkpoint breaks a rule of SPEC.md; the message is that of the ``ReQuantFormatError``.
+
+    No ``ValueError``: vLLM reads checkpoints while pydantic builds its configuration, and pydantic makes one of those
+    into an error of its own, of several lines, the last of which leads to pydantic's documentation.
+    """
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except ReQuantFormatError as error:
+        raise RefusedCheckpointError(str(error)) from None
 
 
 class RequantConfig(QuantizationConfig):
@@ -81,21 +98,23 @@ class RequantConfig(QuantizationConfig):
         """From the ``quantization_config`` entry.
 
         Raises:
-            ReQuantFormatError: it breaks the schema.
+            RefusedCheckpointError: it breaks the schema.
         """
-        return cls(parse_config(config))
+        with _refusals():
+            return cls(parse_config(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Validate a local checkpoint, in the process that starts the server, before anything is allocated.
 
         Raises:
-            ReQuantFormatError: it breaks a rule of SPEC.md.
+            RefusedCheckpointError: it breaks a rule of SPEC.md.
         """
         open_folder()
         folder = Path(model_name)
         # a folder with config.json alone serves --load-format dummy
         if folder.is_dir() and any(folder.glob("*.safetensors*")):
-            validate(folder)
+            with _refusals():
+                validate(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the layers as the model class renames its modules.
