@@ -87,7 +87,7 @@ def _compare_layer(checkpoint: Checkpoint, name: str, weight: Tensor | None) -> 
     if weight is None or tuple(weight.shape) != (spec.out_features, spec.in_features):
         have = "has no such layer" if weight is None else f"has one of {list(weight.shape)}"
         return ReQuantFormatError(
-            f"{[spec.out_features, spec.in_features]}, the original {have}", file=file, tensor=name
+            f"is {[spec.out_features, spec.in_features]}, the original {have}", file=file, tensor=name
         )
     return compare_layer(checkpoint.layer(name), weight)
 
