@@ -76,6 +76,8 @@ class WorkFolder:
                 it was begun with other arguments or by another version, or another process uses it.
             OSError: it cannot be written.
         """
+        if resume and not (path / _ARGUMENTS).exists():
+            raise WorkError(f"{path} holds no conversion to resume; leave --resume out to begin one")
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             content = {"version": vllm_requant.__version__, "arguments": json.loads(json.dumps(dict(arguments)))}
@@ -117,10 +119,7 @@ _ANEW = "begin anew with --overwrite, or name another --work-dir"
 
 
 def _compare(path: Path, content: Mapping[str, Any]) -> None:
-    try:
-        begun = json.loads((path / _ARGUMENTS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WorkError(f"{path} holds no conversion to resume; leave --resume out to begin one") from None
+    begun = json.loads((path / _ARGUMENTS).read_text(encoding="utf-8"))
     if begun["version"] != content["version"]:
         raise WorkError(f"{path} was begun by version {begun['version']}, this is {content['version']}; {_ANEW}")
     before, now = begun["arguments"], content["arguments"]

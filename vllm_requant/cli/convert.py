@@ -1,8 +1,10 @@
 """``requant convert``: a causal language model in, a ReQuant checkpoint out."""
 
 import logging
+import signal
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -182,13 +184,16 @@ def command(
                     "--low-memory": low_memory,
                 },
             )
-            with WorkFolder.open(
-                work_dir or default_folder(output),
-                arguments,
-                resume=resume,
-                overwrite=overwrite,
-                cache=TensorCache(cache, snapshot_every=snapshot_every),
-            ) as work:
+            with (
+                WorkFolder.open(
+                    work_dir or default_folder(output),
+                    arguments,
+                    resume=resume,
+                    overwrite=overwrite,
+                    cache=TensorCache(cache, snapshot_every=snapshot_every),
+                ) as work,
+                _resumable(work.path),
+            ):
                 result = _convert(
                     model,
                     output,
@@ -252,6 +257,24 @@ def _convert(
         "calibration_loss": report.get("calibration_loss"),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+@contextmanager
+def _resumable(work: Path) -> Iterator[None]:
+    """Whatever ends a block before its time, SIGTERM included, the user learns how to go on."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except BaseException:
+        if work.exists():
+            log.warning("what was done is kept in %s; the same command with --resume goes on", work)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _describe_plan(specs: "dict[str, LayerSpec]") -> dict[str, Any]:
