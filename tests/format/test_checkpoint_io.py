@@ -172,3 +172,45 @@ def test_index_that_contradicts_the_shards(tmp_path: Path, change, reason: str) 
     _edit_index(folder, change)
     with pytest.raises(ReQuantFormatError, match=reason):
         Checkpoint(folder)
+
+
+def _as_hub_snapshot(folder: Path, cache: Path) -> Path:
+    """A checkpoint as the Hub's cache keeps it: links to files that are called by their sums."""
+    snapshot = cache / "models--org--name" / "snapshots" / "0123abcd"
+    blobs = snapshot.parent.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def test_snapshots_of_the_hub_s_cache_are_read(tmp_path: Path) -> None:
+    snapshot = _as_hub_snapshot(_write(tmp_path / "out", 4000), tmp_path / "cache")
+    assert len(list(Checkpoint(snapshot).layers())) == 3
+    link = min(snapshot.glob("*.safetensors"))
+    (tmp_path / "elsewhere").write_bytes(link.read_bytes())
+    link.unlink()
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ReQuantFormatError, match="outside the checkpoint"):
+        Checkpoint(snapshot)
+
+
+def test_links_inside_the_folder_are_read(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "out")
+    (folder / "model.safetensors").rename(folder / "weights.bin")
+    (folder / "model.safetensors").symlink_to("weights.bin")
+    (tmp_path / "link").symlink_to("out")
+    assert len(list(Checkpoint(tmp_path / "link").layers())) == 3
+
+
+def test_code_that_the_original_names_is_not_written(tmp_path: Path) -> None:
+    layers, others = _content()
+    config = CheckpointConfig(layers={name: layer.spec for name, layer in layers.items()})
+    named = {"auto_map": {"AutoModel": "a.B"}, "text_config": {"auto_map": {}, "hidden_size": 8}, "model_type": "llama"}
+    with staged_folder(tmp_path / "out", overwrite=False) as staging:
+        write_tensors(staging, named, config, layers, others)
+    written = Checkpoint(tmp_path / "out").model_config
+    assert "auto_map" not in json.dumps(written)
+    assert written["text_config"] == {"hidden_size": 8}
