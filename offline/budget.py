@@ -20,6 +20,7 @@ from vllm_requant.format import LayerSpec
 from . import outliers
 from .allocation import allocate, sparse_counts
 from .bases import BASES
+from .lazy import Positions
 from .pqi import PathIntegral
 from .quantizer import Dense, Masks
 from .recipe import Precision, Recipe
@@ -204,7 +205,7 @@ class BudgetSearch(Search):
             del scores
         with self.stages.stage("candidates"):
             loss = self.measurements.loss(self.quantizer.restored(dense, masks), label)
-        nnz = sum(int(mask.sum()) for mask in masks.values())
+        nnz = sum(masks.counts.values())
         log.info("candidate: %s, %d sparse weights: calibration loss %.5f", label, nnz, loss)
         self.candidates.append({"what": label, "nnz": nnz, "calibration_loss": loss})
         if self.best is None or loss < self.best[0]:
@@ -224,8 +225,9 @@ class BudgetSearch(Search):
 
     def _detach(self, scores: Mapping[str, Tensor], masks: Masks, room: float) -> Masks:
         """Add the highest scores that fit, pointers of rows included."""
-        present = {name: int(mask.sum()) for name, mask in masks.items()}
-        paid = {name: self.pointer_bits[name] + count * self.element_bits for name, count in present.items() if count}
+        paid = {
+            name: self.pointer_bits[name] + count * self.element_bits for name, count in masks.counts.items() if count
+        }
         room -= sum(paid.values())
         ranked = {}
         for name, score in scores.items():
@@ -237,12 +239,9 @@ class BudgetSearch(Search):
             self.element_bits,
             room,
         )
-        result = {}
-        for name, mask in masks.items():
-            flat = mask.flatten().clone()
-            flat[ranked[name].indices[: counts[name]]] = True
-            result[name] = flat.view_as(mask)
-        return result
+        shapes = {name: weight.shape for name, weight in self.weights.items()}
+        best = {name: (ranked[name].indices[: counts[name]], shape) for name, shape in shapes.items()}
+        return masks | Positions.of(best)
 
 
 def _describe(precision: Precision) -> str:

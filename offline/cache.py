@@ -7,15 +7,17 @@ included, so a stale entry cannot be taken for a valid one.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_requant.format.durable import write_safetensors
+
+from .lazy import LazyMapping
 
 __all__ = ["Snapshot", "TensorCache", "fingerprint"]
 
@@ -44,6 +46,11 @@ class Snapshot:
 
     def __init__(self, path: Path | None, every: float) -> None:
         self._path, self._every, self._last = path, every, time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """Of the computation, apart from all others."""
+        return "" if self._path is None else f"{self._path.parent.name}-{self._path.stem}"
 
     def restore(self, state: Mapping[str, Tensor]) -> int:
         """Copy what was kept into the state's tensors.
@@ -123,6 +130,47 @@ class TensorCache:
             snapshot.forget()
         return tensors
 
+    def by_layer(
+        self,
+        stage: str,
+        key: Callable[[], str],
+        names: Collection[str],
+        device: torch.device,
+        compute: Callable[[set[str], Snapshot], Iterable[tuple[str, dict[str, Tensor]]]],
+        *,
+        lazy: bool = False,
+    ) -> Mapping[str, dict[str, Tensor]]:
+        """Tensors of every layer, a file each.
+
+        Args:
+            stage, key, device: as in :meth:`get`.
+            names: of the layers.
+            compute: makes the tensors of the layers that are missing, and of others if it has to, in any order; each
+                is on the disk before the next is asked for.
+            lazy: keep nothing in memory, and read a layer whenever it is asked for.
+        """
+        if self.folder is None:
+            return dict(compute(set(names), Snapshot(None, self.snapshot_every)))
+        ending = f"{key()[:32]}.safetensors"
+        paths = {name: self.folder / stage / name / ending for name in names}
+        missing = {name for name, path in paths.items() if not _is_whole(path)}
+        made = {}
+        if missing:
+            snapshot = Snapshot(self.folder / stage / Path(ending).with_suffix(".snapshot"), self.snapshot_every)
+            for name, tensors in compute(missing, snapshot):
+                write_safetensors(paths[name], tensors)
+                if not lazy:
+                    made[name] = tensors
+            snapshot.forget()
+
+        def read(name: str) -> dict[str, Tensor]:
+            tensors = _load(paths[name], device)
+            if tensors is None:
+                raise OSError(f"{paths[name]} is damaged: delete it, and go on with --resume")
+            return tensors
+
+        return LazyMapping(names, read) if lazy else {name: made.get(name) or read(name) for name in names}
+
     def number(self, stage: str, key: Callable[[], str], compute: Callable[[], float]) -> float:
         """The same for a single number."""
 
@@ -130,6 +178,18 @@ class TensorCache:
             return {"value": torch.tensor(compute(), dtype=torch.float64)}
 
         return float(self.get(stage, key, torch.device("cpu"), tensor)["value"])
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a file as long as its header says."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
+        log.warning("%s is damaged and will be computed anew", path)
+        return False
 
 
 def _load(path: Path, device: torch.device) -> dict[str, Tensor] | None:

@@ -177,7 +177,7 @@ def apply_fold(fold: Fold, scale: Tensor, dtype: torch.dtype) -> Tensor:
     scale = scale.to(producer.weight.device)
     if isinstance(producer, nn.Linear):
         rows = slice(fold.rows, fold.rows + fold.channels)
-        producer.weight.data = producer.weight.data.float()
+        producer.weight.data = producer.weight.data.to(torch.float32, copy=True)  # it may lie in a file
         producer.weight.data[rows] /= scale[:, None]
         if producer.bias is not None:
             producer.bias.data[rows] /= scale

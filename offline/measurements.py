@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import TensorCache
+from .lazy import LazyMapping, each
 from .metrics import METRICS, Sensitivity
 from .observer import current_observer
 from .pqi import GradientMoments, Objective, PathIntegral
@@ -96,9 +97,10 @@ class Measurements:
         unused = not self.metric.needs_path or (for_scores and self.metric.path_is_for_layers)
         return None if unused else self.integrate(restored, label)
 
-    def scores(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, Tensor]:
+    def scores(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> Mapping[str, Tensor]:
         """The recipe's metric of every weight for the step from w to w̃."""
-        return {name: self.metric.score(self.sensitivity(name, restored, path)) for name in self.weights}
+        lazy = isinstance(restored, LazyMapping)
+        return each(self.weights, lambda name: self.metric.score(self.sensitivity(name, restored, path)), lazy=lazy)
 
     def levels(self, restored: Mapping[str, Tensor], path: PathIntegral | None) -> dict[str, float]:
         """S_l of algorithm 1, by layer."""

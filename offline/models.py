@@ -30,16 +30,20 @@ __all__ = [
     "find_layers",
     "head_module",
     "load_causal_lm",
+    "load_config",
     "load_tokenizer",
     "model_config",
     "other_tensors",
     "other_weights",
     "resolve_source",
     "skeleton",
+    "store_matrices",
+    "target_dtype",
 ]
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPES = ("auto", "bfloat16", "float16")
+_CAST_AT_ONCE = 1 << 25  # elements of a large matrix, such as the head of a large vocabulary
 _MODEL_FILES = ("*.safetensors", "*.json")
 log = logging.getLogger(__name__)
 
@@ -95,6 +99,7 @@ class CausalLM:
         source: as the user gave it.
         revision: resolved Hub commit, or None for a local source.
         files: of a local source, as they were when it was loaded.
+        mapped: the matrices lie in files, and come into memory when they are read.
     """
 
     model: Any
@@ -103,6 +108,7 @@ class CausalLM:
     source: str
     revision: str | None
     files: SourceFiles
+    mapped: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -152,15 +158,22 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     return _from_pretrained(AutoTokenizer, source, revision=revision)
 
 
+def load_config(source: str, *, revision: str | None = None) -> Any:
+    """transformers' configuration of a model source."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, source, revision=revision)
+
+
 def skeleton(source: str, *, revision: str | None = None) -> nn.Module:
     """The model on the "meta" device: all modules and shapes, no weights.
 
     Raises:
         ModelError: nothing there, or not a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig, source, revision=revision)
+    config = load_config(source, revision=revision)
     with torch.device("meta"):
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -196,14 +209,10 @@ def load_causal_lm(
     tokenizer = load_tokenizer(source, revision=revision)
     model = _from_pretrained(AutoModelForCausalLM, source, revision=revision, **extra)
     separate_experts(model)
-    stored = next(model.parameters()).dtype
-    if dtype != "auto":
-        target = getattr(torch, dtype)
-    else:
-        target = stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+    target = target_dtype(dtype, next(model.parameters()).dtype)
     # the 16-bit model is the reference: round once here, compute in float32 from there on. Buffers such as the
     # rotary frequencies are computed, not stored, and must not be rounded.
-    kept = _store_matrices(model)
+    kept = store_matrices(model)
     for parameter in model.parameters():
         rounded = parameter.data.to(target)
         parameter.data = rounded if id(parameter) in kept else rounded.float()
@@ -218,13 +227,52 @@ def load_causal_lm(
     return CausalLM(model, tokenizer, target, source, commit, files)
 
 
+def target_dtype(dtype: str, stored: torch.dtype) -> torch.dtype:
+    """The 16-bit type that is the reference, for a key of ``DTYPES`` and the type that files have."""
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
 class StoredLinear(nn.Linear):
     """A linear layer whose parameters are held in fewer bits than it computes in."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
+        if self.weight.numel() > _CAST_AT_ONCE and dtype != self.weight.dtype and bias is None:
+            product: Tensor = _ProductInParts.apply(x.to(dtype), self.weight)
+            return product
         return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+class _ProductInParts(torch.autograd.Function):
+    """``x · weightᵀ`` in the type of x, which no more than a part of the weight is cast to at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        flat = x.flatten(0, -2)
+        product = torch.empty(len(flat), len(weight), dtype=x.dtype, device=x.device)
+        for rows in _parts(weight):
+            product[:, rows] = flat @ weight[rows].to(x.dtype).t()
+        return product.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        flat = grad.flatten(0, -2)
+        result = torch.zeros(len(flat), ctx.weight.shape[1], dtype=grad.dtype, device=grad.device)
+        for rows in _parts(ctx.weight):
+            result.addmm_(flat[:, rows], ctx.weight[rows].to(grad.dtype))
+        return result.view(*grad.shape[:-1], -1), None
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    rows = max(1, _CAST_AT_ONCE // weight.shape[1])
+    for first in range(0, len(weight), rows):
+        yield slice(first, first + rows)
 
 
 class StoredEmbedding(nn.Embedding):
@@ -234,7 +282,7 @@ class StoredEmbedding(nn.Embedding):
         return super().forward(ids).float()
 
 
-def _store_matrices(model: nn.Module) -> set[int]:
+def store_matrices(model: nn.Module) -> set[int]:
     """Let linear layers and embeddings cast their weights when they run; identities of those weights."""
     kept, others = set(), set()
     for name, module in list(model.named_modules()):

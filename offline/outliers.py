@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .bases.uniform import grouped
+from .lazy import LazyMapping, Positions
 
 __all__ = [
     "TAUS",
@@ -77,15 +78,15 @@ def _round_to_sum(share: Mapping[str, float], numel: Mapping[str, int], budget: 
     return {name: counts[name] for name in numel}
 
 
-def largest_magnitude(weights: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """Positions of the ``counts[name]`` largest ``|w|`` of every layer, as bool masks."""
-    return {name: _top(weight.abs(), counts[name]) for name, weight in weights.items()}
+def largest_magnitude(weights: Mapping[str, Tensor], counts: Mapping[str, int]) -> Positions:
+    """Positions of the ``counts[name]`` largest ``|w|`` of every layer."""
+    return Positions((name, _top(weight.abs(), counts[name])) for name, weight in weights.items())
 
 
 def largest_range_reduction(
     weights: Mapping[str, Tensor], counts: Mapping[str, int], group_size: int | None
-) -> dict[str, Tensor]:
-    """Positions whose removal shortens the range of their group most, as bool masks.
+) -> Positions:
+    """Positions whose removal shortens the range of their group most.
 
     The squared error of a group's grid grows with its squared range. Within a group the largest ``|w|`` go first; the
     gain of each is what it and the next ones save on average, so that two equal extremes are removed together.
@@ -95,10 +96,10 @@ def largest_range_reduction(
         counts: positions to choose in each.
         group_size: columns that share a range; None for whole rows.
     """
-    return {
-        name: _top(_range_reduction(weight, group_size or weight.shape[1]), counts[name])
+    return Positions(
+        (name, _top(_range_reduction(weight, group_size or weight.shape[1]), counts[name]))
         for name, weight in weights.items()
-    }
+    )
 
 
 def _range_reduction(weight: Tensor, group_size: int) -> Tensor:
@@ -121,56 +122,53 @@ def _range_reduction(weight: Tensor, group_size: int) -> Tensor:
     return score.flatten(1)[:, : weight.shape[1]].contiguous()
 
 
-def random_positions(weights: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:
+def random_positions(weights: Mapping[str, Tensor], share: float, seed: int) -> Positions:
     """The control: the same share of every layer, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: _top(torch.rand(weight.shape, generator=generator), round(share * weight.numel())).to(weight.device)
+    return Positions(
+        (name, _top(torch.rand(weight.shape, generator=generator), round(share * weight.numel())).to(weight.device))
         for name, weight in weights.items()
-    }
+    )
 
 
 def squeezellm_positions(
     weights: Mapping[str, Tensor], fisher: Mapping[str, Tensor], outliers: float, sensitive: float
-) -> dict[str, Tensor]:
+) -> Positions:
     """SqueezeLLM's own sparse part, for comparison at equal size (arXiv 2306.07629, section 4.2).
 
     The ``sensitive`` share of each layer by Fisher information, and everything with
     ``|w| ≥ max(|Q1 − k·IQR|, |Q3 + k·IQR|)``, with one k for all layers, set so that ``outliers`` of all weights
     are found.
     """
-    masks = {name: _top(fisher[name], round(sensitive * weight.numel())) for name, weight in weights.items()}
-    score = {}
-    for name, weight in weights.items():
+    masks = Positions((name, _top(fisher[name], round(sensitive * w.numel()))) for name, w in weights.items())
+
+    def score(name: str) -> Tensor:
+        weight = weights[name]
         ordered = weight.flatten().float().sort().values
         q1, q3 = ordered[ordered.numel() // 4], ordered[ordered.numel() * 3 // 4]
         # the largest k for which the weight still counts as an outlier
         reach = (weight.abs() - torch.maximum(q3, -q1)) / (q3 - q1).clamp(min=1e-12)
-        score[name] = reach.masked_fill(masks[name], -torch.inf)
+        return reach.masked_fill(masks[name], -torch.inf)
+
     total = sum(weight.numel() for weight in weights.values())
-    chosen = top_over_layers(score, round(outliers * total))
-    return {name: masks[name] | chosen[name] for name in weights}
+    return masks | top_over_layers(LazyMapping(weights, score), round(outliers * total))
 
 
-def top_over_layers(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The ``count`` largest scores of all layers together, as bool masks.
+def top_over_layers(scores: Mapping[str, Tensor], count: int) -> Positions:
+    """The ``count`` largest scores of all layers together.
 
-    Needs no copy of all scores: each layer offers its own best ``count`` to the common ranking.
+    Looks at each layer's scores once: it offers its own best ``count`` to the common ranking.
     """
-    if count == 0:
-        return {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items()}
-    offers = {name: torch.topk(score.flatten(), min(count, score.numel())) for name, score in scores.items()}
+    offers, shapes = {}, {}
+    for name, score in scores.items():
+        offers[name], shapes[name] = torch.topk(score.flatten(), min(count, score.numel())), score.shape
     values = torch.cat([offer.values for offer in offers.values()])
     winners = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     winners[torch.topk(values, min(count, values.numel())).indices] = True
-    masks = {}
-    for (name, score), won in zip(
-        scores.items(), winners.split([len(offer.values) for offer in offers.values()]), strict=True
-    ):
-        mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-        mask[offers[name].indices[won]] = True
-        masks[name] = mask.view_as(score)
-    return masks
+    by_layer = winners.split([len(offer.values) for offer in offers.values()])
+    return Positions.of(
+        {name: (offer.indices[won], shapes[name]) for (name, offer), won in zip(offers.items(), by_layer, strict=True)}
+    )
 
 
 def _top(score: Tensor, count: int) -> Tensor:

@@ -7,12 +7,12 @@ straight into an accumulator: beside w, w̃ and the accumulators, a pass holds o
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MovingLayer", "Observer", "moving_layers"]
+__all__ = ["LayerMoments", "LayerSums", "MovingLayer", "Observer", "moving_layers"]
 
 Observer = Callable[[Tensor, Tensor], None]
 """``(x [tokens, in_features], gradient of the output [tokens, out_features])``, in the precision of the pass"""
@@ -57,6 +57,66 @@ class MovingLayer:
             self.gradient.add_(product.to(self.gradient.device), alpha=self.share)
         if self.observer is not None:
             self.observer(x, grad_output)
+
+
+class LayerSums(Protocol):
+    """Something that is added up over the passes through a layer."""
+
+    def observe(self, x: Tensor, grad_output: Tensor) -> None:
+        """See what a backward pass brings to the layer, as an :data:`Observer`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it has added up, in place."""
+
+    def result(self) -> dict[str, Tensor]:
+        """What it comes to."""
+
+
+class LayerMoments:
+    """Moments over sequences of a layer's path-averaged gradient, and other sums, while passes go through the layer.
+
+    Args:
+        layer: through which they go.
+        count: sequences.
+        squares: collect second moments too.
+        device: of what is added up.
+        sums: something else that is.
+    """
+
+    def __init__(
+        self, layer: MovingLayer, count: int, squares: bool, device: torch.device, sums: LayerSums | None
+    ) -> None:
+        self._layer, self._count, self._sums = layer, count, sums
+        self.gradient = torch.zeros(layer.start.shape, dtype=torch.float32, device=device)
+        self.square = torch.zeros_like(self.gradient) if squares else None
+        # of one sequence, or of all where nothing is squared
+        layer.gradient = torch.zeros_like(self.gradient) if squares else self.gradient
+        layer.observer = None if sums is None else sums.observe
+
+    def at(self, t: float, share: float) -> None:
+        """The next passes are at ``t`` and count so much."""
+        self._layer.t = t
+        self._layer.share = share / self._count if self.square is None else share
+
+    def end_sequence(self) -> None:
+        """All passes of a sequence are through."""
+        if self.square is not None:
+            own = self._layer.gradient
+            assert own is not None
+            self.gradient.add_(own, alpha=1 / self._count)
+            self.square.addcmul_(own, own, value=1 / self._count)
+            own.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was added up after the end of a sequence."""
+        return self._moments() | ({} if self._sums is None else self._sums.state())
+
+    def result(self) -> dict[str, Tensor]:
+        """Float32 "gradient", "square" if it was asked for, and what the other sums come to."""
+        return self._moments() | ({} if self._sums is None else self._sums.result())
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {"gradient": self.gradient} | ({} if self.square is None else {"square": self.square})
 
 
 class _MovingLinear(torch.autograd.Function):

@@ -8,21 +8,26 @@ With a target size a search takes the place of steps 1 to 5 (:mod:`.budget`). Wh
 is our own choice. Nothing here touches files.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_requant.format import LayerSpec, QuantizedLayer
+from vllm_requant.format.durable import write_safetensors
 from vllm_requant.format.experts import routed_share
 
 from .bases import Awq, LayerData, Need, Rtn, relative_error
 from .budget import BudgetSearch, layer_sizes
 from .cache import TensorCache, fingerprint
 from .folding import Fold, apply_fold, find_folds
+from .lazy import each
+from .mapped import map_tensors
 from .measurements import Measurements
 from .models import CausalLM, ModelError, find_layers, head_module, other_weights
 from .pqi import GradientMoments, Objective
@@ -32,9 +37,10 @@ from .recipe import Recipe, RecipeError
 from .selection import Search, Selection, Selector
 from .stages import Stages
 from .statistics import InputStatistics, guided_statistics, input_statistics
+from .streaming import StreamedObjective
 from .tuning import norm_weights, tune
 
-__all__ = ["Conversion", "convert", "plan"]
+__all__ = ["Conversion", "check_stream", "convert", "plan"]
 
 log = logging.getLogger(__name__)
 _TOKENS_PER_FEATURE = 4
@@ -49,8 +55,22 @@ class Conversion:
         report: what was measured on the way; becomes ``requant_report.json``.
     """
 
-    layers: dict[str, QuantizedLayer]
+    layers: Mapping[str, QuantizedLayer]
     report: dict[str, Any]
+
+
+def check_stream(source: str, recipe: Recipe, device: torch.device) -> None:
+    """Refuse what cannot be done with a model that stays in its files, before anything expensive.
+
+    Raises:
+        RecipeError: one of the choices, or the source, needs the whole model in memory.
+    """
+    if source.lower().endswith(".gguf"):
+        raise RecipeError(f"--stream: {source} has to be expanded in memory first; give a folder of safetensors files")
+    if recipe.tune_epochs:
+        raise RecipeError("--stream: tuning needs the whole model in memory; leave --tune-epochs out or at 0")
+    if device.type != "cpu":
+        raise RecipeError("--stream: works on the CPU only; add --device cpu, or --low-memory for a GPU")
 
 
 def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
@@ -127,6 +147,10 @@ def convert(
         low_memory: compute activations twice instead of keeping them, and keep what is collected about weights and
             inputs in the memory of the host; for a model that a GPU just holds.
     """
+    if lm.mapped:
+        check_stream(lm.source, recipe, lm.device)
+    if lm.mapped and (cache is None or not cache.enabled):
+        raise ValueError("a model that stays in its files needs a cache for what is computed of it")
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
     return _Run(lm, _with_target(lm.model, recipe.on(lm.device)), tokens, cache or TensorCache(), low_memory).convert()
@@ -147,12 +171,14 @@ class _Run:
     def __post_init__(self) -> None:
         self.model = self.lm.model
         self.layers = find_layers(self.model)
+        self.lazy = self.lm.mapped
         self.base = self.recipe.make_base()
-        self.inputs: dict[str, InputStatistics] = {}
+        self.inputs: Mapping[str, InputStatistics] = {}
         self.objective: Objective | None = None
         if self.tokens is not None:
             apart = self.recipe.path_samples or None  # with None both slices hold everything
-            self.objective = Objective(
+            kind = functools.partial(StreamedObjective, scratch=self._scratch) if self.lazy else Objective
+            self.objective = kind(
                 self.model,
                 self.layers,
                 self.tokens[:apart],
@@ -163,6 +189,12 @@ class _Run:
             )
             self.tokens = self.tokens[apart:]  # what statistics and tuning see
         self.refits = self._refits()
+
+    @property
+    def _scratch(self) -> Path:
+        """Of a model that is larger than memory, what lies between blocks and what is rescaled."""
+        assert self.cache.folder is not None
+        return self.cache.folder / "scratch"
 
     def convert(self) -> Conversion:
         loss_original = None
@@ -184,6 +216,7 @@ class _Run:
             self.cache,
             # the paper's algorithms look at the base's own errors, the search for a size at those that will remain
             refit_first=self.refits and self.recipe.has_target,
+            lazy=self.lazy,
         )
         self.measurements = Measurements(self.recipe, self.objective, self.weights, start, self.cache, loss_original)
         selection = self._select()
@@ -196,14 +229,11 @@ class _Run:
             with self.stages.stage("tuning"):
                 dense = self._tune(dense, masks)
         with self.stages.stage("residual"):
-            layers = {
-                name: QuantizedLayer.build(spec, tensors, weight=self.weights[name], mask=masks[name]).to("cpu")
-                for name, (spec, tensors) in dense.items()
-            }
+            layers = self._finished(dense, masks)
         if self.objective is not None:
             # the stored weights, rounding of the residual included
             dtype = torch.float32 if self.recipe.compute == "float32" else self.lm.dtype
-            stored = {name: layer.weight().to(dtype) for name, layer in layers.items()}
+            stored = each(layers, lambda name: layers[name].weight().to(dtype), lazy=self.lazy)
             with self.stages.stage("final_loss"):
                 loss = self.measurements.loss(stored, "result")
             self.report |= {
@@ -218,10 +248,21 @@ class _Run:
                 spec, tensors = Rtn(self.recipe.lm_head_bits, self.recipe.group_size).quantize(
                     LayerData(weight.float())
                 )
-                layers[name] = QuantizedLayer(spec, tensors).to("cpu")
-                self._add_layers({name: layers[name]}, weight)
+                head = QuantizedLayer(spec, tensors).to("cpu")
+                self._add_layers({name: head}, weight)
+                blocks = layers
+                layers = each([*blocks, name], lambda asked: blocks.get(asked, head), lazy=self.lazy)
         self.report |= {"integrals": self.measurements.integrals, "stages": self.stages.report()}
         return Conversion(layers, self.report)
+
+    def _finished(self, dense: Dense, masks: Masks) -> Mapping[str, QuantizedLayer]:
+        """Dense and sparse parts together."""
+
+        def build(name: str) -> QuantizedLayer:
+            spec, tensors = dense[name]
+            return QuantizedLayer.build(spec, tensors, weight=self.weights[name], mask=masks[name]).to("cpu")
+
+        return each(dense, build, lazy=self.lazy)
 
     # what is measured before anything is quantized ------------------------------------------------------------
 
@@ -263,16 +304,35 @@ class _Run:
             compute=self.recipe.compute,
             accumulate_on=self._fitted.accumulators,
             cache=self.cache,
+            scratch=self._scratch if self.lazy else None,
         )
         return None
 
     def _fold(self, base: Awq) -> None:
+        inputs = self.inputs
+        spread: dict[str, Tensor] = {}
         folds = list(find_folds(self.model))
         for fold in track(folds, "channel scales", total=len(folds)):
-            seen = {name: self.inputs[name].to(layer.weight.device) for name, layer in fold.consumers.items()}
+            seen = {name: inputs[name].to(layer.weight.device) for name, layer in fold.consumers.items()}
             scale = apply_fold(fold, self._fold_scale(base, fold, seen), self.lm.dtype)
-            for name, statistics in seen.items():
-                self.inputs[name] = statistics.scaled(1 / fold.spread(scale)).to(self._fitted.accumulators)
+            spread |= dict.fromkeys(fold.consumers, 1 / fold.spread(scale))
+            if self.lazy:
+                self._write_folded(fold)
+
+        def folded(name: str) -> InputStatistics:
+            statistics = inputs[name]
+            return statistics.scaled(spread[name].to(statistics.hessian.device)) if name in spread else statistics
+
+        self.inputs = each(inputs, folded, lazy=self.lazy)
+
+    def _write_folded(self, fold: Fold) -> None:
+        """Rescaled weights are as large as the model, and go back to files."""
+        names = {layer: name for name, layer in self.layers.items()}
+        for module in (fold.producer, *fold.consumers.values()):
+            if module in names:
+                path = self._scratch / f"folded.{names[module]}.safetensors"
+                write_safetensors(path, {"weight": module.weight.data})
+                module.weight = nn.Parameter(map_tensors(path)["weight"], requires_grad=False)
 
     def _fold_scale(self, base: Awq, fold: Fold, seen: Mapping[str, InputStatistics]) -> Tensor:
         weights = {name: layer.weight.data for name, layer in fold.consumers.items()}

@@ -11,19 +11,21 @@ place of the text's next tokens, F is the divergence from the original plus a co
 what the text's own surprise does to the gradient.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .cache import Snapshot, TensorCache, fingerprint
+from .lazy import LazyMapping
 from .losses import cross_entropy, divergence
 from .models import computing_in
-from .path import MovingLayer, Observer, moving_layers
+from .path import LayerMoments, LayerSums, MovingLayer, moving_layers
 from .progress import track
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 LABELS = ("text", "model")
+Kept = Mapping[str, dict[str, Tensor]]
+"""Tensors of every layer, by what they are"""
 QUADRATURES = ("gauss", "midpoint", "uniform")
 _KEPT_BYTES = 2**30  # of the original's predictions, which every loss and every walk of a path asks for
 
@@ -71,23 +75,19 @@ class GradientMoments:
             empirical Fisher information.
     """
 
-    gradient: dict[str, Tensor]
-    square: dict[str, Tensor]
-
-    def flat(self) -> dict[str, Tensor]:
-        """All tensors in one mapping, to be stored."""
-        parts = {"gradient": self.gradient, "square": self.square}
-        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    gradient: Mapping[str, Tensor]
+    square: Mapping[str, Tensor]
 
     @classmethod
-    def from_flat(cls, tensors: Mapping[str, Tensor]) -> "GradientMoments":
-        """Inverse of :meth:`flat`; other tensors are left alone."""
-        parts: dict[str, dict[str, Tensor]] = {"gradient": {}, "square": {}}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            if part in parts:
-                parts[part][name] = tensor
-        return cls(**parts)
+    def of(cls, kept: Kept) -> "GradientMoments":
+        """From what is kept of every layer; other tensors are left alone."""
+
+        def part(name: str) -> Mapping[str, Tensor]:
+            if isinstance(kept, LazyMapping):
+                return LazyMapping(kept, lambda layer: kept[layer][name])
+            return {layer: tensors[name] for layer, tensors in kept.items() if name in tensors}
+
+        return cls(part("gradient"), part("square"))
 
 
 def signed_share(gradient: Tensor, delta: Tensor) -> float:
@@ -142,6 +142,7 @@ class Objective:
     compute: str = "float32"
     checkpointing: bool = False
     accumulate_on: torch.device | str | None = None
+    lazy: ClassVar[bool] = False
     originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
     _logits: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -190,40 +191,23 @@ class Objective:
         self, *, cache: TensorCache | None = None, label: str = "gradients of the original"
     ) -> GradientMoments:
         """First and second moments of the gradient at w: one forward and backward pass a sequence."""
-        tensors = (cache or TensorCache()).resume(
-            "gradients",
-            lambda: self.fingerprint(gradients="at w"),
-            self.accumulators,
-            lambda snapshot: self.walk_start({}, label=label, snapshot=snapshot).flat(),
-        )
-        return GradientMoments.from_flat(tensors)
+        return GradientMoments.of(self.walk_start("gradients", None, cache=cache, label=label))
 
     def walk_start(
-        self,
-        observers: Mapping[str, Observer],
-        *,
-        label: str,
-        snapshot: Snapshot,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> GradientMoments:
-        """The passes of :meth:`gradients`, with someone who looks at inputs and gradients of outputs of layers.
+        self, stage: str, sums: Callable[[str], LayerSums] | None, *, cache: TensorCache | None, label: str
+    ) -> Kept:
+        """The passes of :meth:`gradients`, and what else is to be added up in them.
 
         Args:
-            observers: by layer.
-            snapshot: keeps the passes' own state and that of the observers.
-            state: what the observers add up in place, by names that do not begin with "gradient" or "square".
+            stage: names the results in the cache.
+            sums: makes what looks at a layer's inputs and the gradients of its outputs.
+
+        Returns:
+            By layer "gradient", "square", and what the sums result in.
         """
         # against the model's own predictions all gradients would be zero
         text = replace(self, labels="text")
-        return text._moments(
-            self.start,
-            [(0.0, 1.0)],
-            squares=True,
-            observers=observers,
-            label=label,
-            snapshot=snapshot,
-            state=state or {},
-        )
+        return text._kept(stage, text.start, [(0.0, 1.0)], squares=True, sums=sums, cache=cache, label=label)
 
     def fingerprint(self, **settings: object) -> str:
         """Of all that a result at w depends on."""
@@ -252,38 +236,55 @@ class Objective:
             The path integral; costs ``nodes · num_samples`` forward and backward passes.
         """
         path = list(zip(*quadrature(rule, nodes), strict=True))
-        tensors = (cache or TensorCache()).resume(
-            "integral",
-            lambda: self.fingerprint(end=fingerprint(end), path=path, squares=squares, labels=self.labels),
-            self.accumulators,
-            lambda snapshot: self._moments(
-                end, path, squares=squares, observers={}, label=label, snapshot=snapshot, state={}
-            ).flat(),
-        )
-        return PathIntegral(self.start, end, GradientMoments.from_flat(tensors))
+        kept = self._kept("integral", end, path, squares=squares, sums=None, cache=cache, label=label)
+        return PathIntegral(self.start, end, GradientMoments.of(kept))
 
-    def _moments(
+    def _kept(
         self,
+        stage: str,
         end: Mapping[str, Tensor],
         path: list[tuple[float, float]],
         *,
         squares: bool,
-        observers: Mapping[str, Observer],
+        sums: Callable[[str], LayerSums] | None,
+        cache: TensorCache | None,
         label: str,
+    ) -> Kept:
+        """What is collected on a path, by layer."""
+
+        @functools.cache
+        def key() -> str:
+            return self.fingerprint(
+                end=fingerprint(end), path=path, squares=squares, labels=self.labels, sums=sums is not None
+            )
+
+        return (cache or TensorCache()).by_layer(
+            stage,
+            key,
+            self.layers,
+            self.accumulators,
+            lambda missing, snapshot: self._collect(end, path, squares, sums, label, missing, snapshot),
+            lazy=self.lazy,
+        )
+
+    def _collect(
+        self,
+        end: Mapping[str, Tensor],
+        path: list[tuple[float, float]],
+        squares: bool,
+        sums: Callable[[str], LayerSums] | None,
+        label: str,
+        missing: Collection[str],
         snapshot: Snapshot,
-        state: Mapping[str, Tensor],
-    ) -> GradientMoments:
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Walk the path with all sequences; everything of all layers is added up at the same time."""
         count, seq_len = self.tokens.shape
         with moving_layers(self.layers, end) as states, self._training():
-            gradient = {
-                name: torch.zeros(s.start.shape, dtype=torch.float32, device=self.accumulators)
-                for name, s in states.items()
+            layers = {
+                name: LayerMoments(layer, count, squares, self.accumulators, sums and sums(name))
+                for name, layer in states.items()
             }
-            square = {name: torch.zeros_like(g) for name, g in gradient.items()} if squares else {}
-            for name, layer in states.items():
-                layer.gradient = torch.zeros_like(gradient[name]) if squares else gradient[name]
-                layer.observer = observers.get(name)
-            state = {**GradientMoments(gradient, square).flat(), **state}
+            state = {f"{part}.{name}": t for name, layer in layers.items() for part, t in layer.state().items()}
             first = snapshot.restore(state)
             passes = (count - first) * len(path)
             ticks = iter(track(range(passes), label, total=passes, tokens_per_item=seq_len))
@@ -292,17 +293,14 @@ class Objective:
                 teacher = self._labels(row, states)
                 for t, a in path:
                     next(ticks)
-                    for layer in states.values():
-                        layer.t, layer.share = t, a if squares else a / count
+                    for layer in layers.values():
+                        layer.at(t, a)
                     self._sequence_loss(row, teacher).backward()
-                for name, layer in states.items() if squares else ():
-                    assert layer.gradient is not None
-                    gradient[name].add_(layer.gradient, alpha=1 / count)
-                    square[name].addcmul_(layer.gradient, layer.gradient, value=1 / count)
-                    layer.gradient.zero_()
+                for layer in layers.values():
+                    layer.end_sequence()
                 snapshot.offer(number + 1, state)
             next(ticks, None)  # ends the bar
-        return GradientMoments(gradient, square)
+        yield from ((name, layer.result()) for name, layer in layers.items())
 
     def divergence(self, tokens: Tensor, teacher: Tensor) -> Tensor:
         """The Kullback–Leibler divergence of the model's predictions of a sequence from those of :meth:`teacher`."""

@@ -1,6 +1,6 @@
 """A model's layers and what is known about them, quantized by one base at the precision of each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ import vllm_requant
 
 from .bases import Base, DenseLayer, LayerData, Need
 from .cache import TensorCache, fingerprint
+from .lazy import LazyMapping, Positions, each
 from .pqi import GradientMoments
 from .progress import track
 from .recipe import Precision, Recipe
@@ -17,7 +18,7 @@ from .statistics import InputStatistics
 
 __all__ = ["Dense", "LayerQuantizer", "Masks"]
 
-Masks = dict[str, Tensor]
+Masks = Positions
 Dense = Mapping[str, DenseLayer]
 
 
@@ -33,6 +34,7 @@ class LayerQuantizer:
         cache: where layers that were quantized without a sparse part are kept.
         refit_first: whether layers are refitted as soon as they are quantized, so that what is chosen later fits the
             errors that remain.
+        lazy: keep nothing of all layers in memory; what the cache holds is read whenever it is asked for.
         precision: of every layer; may be changed between calls.
     """
 
@@ -42,6 +44,7 @@ class LayerQuantizer:
     start: GradientMoments | None
     cache: TensorCache
     refit_first: bool = False
+    lazy: bool = False
     precision: dict[str, Precision] = field(init=False)
     _pool: dict[tuple[str, Precision], DenseLayer] = field(default_factory=dict, repr=False)
 
@@ -56,17 +59,29 @@ class LayerQuantizer:
                 from memory the next time.
             label: for the progress bar.
         """
-        if removed is not None:
-            return {
-                name: self._cached(name, removed[name]) for name in track(self.weights, label, total=len(self.weights))
-            }
+        if self.lazy or removed is not None:
+            precision = dict(self.precision)  # of now; a lazy layer may be asked for later
+
+            def quantized(name: str) -> DenseLayer:
+                return self._cached(name, None if removed is None else removed[name], precision[name])
+
+            return self._tracked(quantized, label)
         missing = [name for name in self.weights if (name, self.precision[name]) not in self._pool]
         for name in track(missing, label, total=len(missing)):
-            self._pool[name, self.precision[name]] = self._cached(name, None)
+            self._pool[name, self.precision[name]] = self._cached(name, None, self.precision[name])
         return {name: self._pool[name, self.precision[name]] for name in self.weights}
 
-    def _cached(self, name: str, removed: Tensor | None) -> DenseLayer:
-        layer, base = self._layer(name), self._base(name)
+    def _tracked(self, make: Callable[[str], DenseLayer], label: str) -> Dense:
+        """What is made of each layer; everything is made once, and kept in the cache if not in memory."""
+        made = {}
+        for name in track(self.weights, label, total=len(self.weights)):
+            layer = make(name)
+            if not self.lazy:
+                made[name] = layer
+        return LazyMapping(self.weights, make) if self.lazy else made
+
+    def _cached(self, name: str, removed: Tensor | None, precision: Precision) -> DenseLayer:
+        layer, base = self._layer(name), self.recipe.make_base(precision)
 
         def quantize() -> DenseLayer:
             dense = base.quantize(layer, removed)
@@ -113,7 +128,7 @@ class LayerQuantizer:
             )
             return DenseLayer(dense[name].spec, tensors)
 
-        return {name: refitted(name) for name in track(self.weights, label, total=len(self.weights))}
+        return self._tracked(refitted, label)
 
     def forget(self) -> None:
         """Release the layers that are kept."""
@@ -121,18 +136,24 @@ class LayerQuantizer:
 
     def no_masks(self) -> Masks:
         """Masks of an empty sparse part."""
-        return {name: _no_mask(weight) for name, weight in self.weights.items()}
+        return Positions.empty({name: weight.shape for name, weight in self.weights.items()}, self._device)
 
-    def restored(self, dense: Dense, masks: Masks) -> dict[str, Tensor]:
+    def restored(self, dense: Dense, masks: Masks) -> Mapping[str, Tensor]:
         """w̃: dense weights with the masked positions at full precision.
 
         In float32, or if the recipe computes in bfloat16 in the type of the original, which halves them.
         """
         dtype = torch.float32 if self.recipe.compute == "float32" else None
-        return {
-            name: torch.where(masks[name], weight.float(), dense[name].weight()).to(dtype or weight.dtype)
-            for name, weight in self.weights.items()
-        }
+
+        def restore(name: str) -> Tensor:
+            weight = self.weights[name]
+            return torch.where(masks[name], weight.float(), dense[name].weight()).to(dtype or weight.dtype)
+
+        return each(self.weights, restore, lazy=self.lazy)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
 
     def _base(self, name: str) -> Base:
         return self.recipe.make_base(self.precision[name])

@@ -121,7 +121,7 @@ class Selector(Search):
     def _detach(self, dense: Dense, masks: Masks, budget: int) -> Masks:
         """Algorithm 2."""
 
-        def measure(masks: Masks, number: int) -> dict[str, Tensor]:
+        def measure(masks: Masks, number: int) -> Mapping[str, Tensor]:
             with self.stages.stage("significant"):
                 restored = self.quantizer.restored(dense, masks)
                 path = self.measurements.path(restored, f"detach, round {number + 1}", for_scores=True)

@@ -7,39 +7,37 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from .lazy import LazyMapping, Positions
 from .outliers import top_over_layers
 
 __all__ = ["detach_step", "detach_steps"]
 
-Masks = dict[str, Tensor]
 
-
-def detach_step(scores: Mapping[str, Tensor], detached: Mapping[str, Tensor], count: int) -> Masks:
-    """Positions of the ``count`` largest scores that are not detached yet, as bool masks."""
+def detach_step(scores: Mapping[str, Tensor], detached: Positions, count: int) -> Positions:
+    """Positions of the ``count`` largest scores that are not detached yet."""
     # −1 keeps what is detached already behind live weights of score 0
-    return top_over_layers({name: scores[name].masked_fill(mask, -1.0) for name, mask in detached.items()}, count)
+    live = LazyMapping(detached, lambda name: scores[name].masked_fill(detached[name], -1.0))
+    return top_over_layers(live, count)
 
 
 def detach_steps(
-    measure: Callable[[Masks, int], Mapping[str, Tensor]],
-    detached: Mapping[str, Tensor],
+    measure: Callable[[Positions, int], Mapping[str, Tensor]],
+    detached: Positions,
     budget: int,
     rounds: int,
-) -> Masks:
+) -> Positions:
     """Spend ``budget`` in ``rounds`` equal steps of β, measuring anew before each.
 
     Args:
-        measure: non-negative scores by layer for the given masks and round; the caller knows the model.
-        detached: masks of what is at full precision already (the outliers).
+        measure: non-negative scores by layer for the given positions and round; the caller knows the model.
+        detached: what is at full precision already (the outliers).
         budget: weights to detach in all.
         rounds: r_s / β; the paper uses 2.
 
     Returns:
-        Masks with the significant weights added.
+        Positions with the significant weights added.
     """
-    masks = {name: mask.clone() for name, mask in detached.items()}
     for number in range(rounds):
         step = budget * (number + 1) // rounds - budget * number // rounds
-        for name, chosen in detach_step(measure(masks, number), masks, step).items():
-            masks[name] |= chosen
-    return masks
+        detached = detached | detach_step(measure(detached, number), detached, step)
+    return detached

@@ -7,19 +7,22 @@ with how much the loss depends on the layer's output there, as GuidedQuant does 
 outputs): a token of huge activations that nothing looks at no longer rules.
 """
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .cache import Snapshot, TensorCache, fingerprint
+from .lazy import LazyMapping, each
 from .models import computing_in
-from .path import Observer
-from .pqi import GradientMoments, Objective
+from .pqi import GradientMoments, Kept, Objective
 from .progress import track
+from .streaming import streamed_inputs
 
 __all__ = ["HESSIANS", "InputStatistics", "guided_statistics", "input_statistics"]
 
@@ -79,13 +82,26 @@ class _Moments:
         return {"second": self.second, "magnitude": self.magnitude, "tokens": self.tokens}
 
     def result(self) -> dict[str, Tensor]:
+        """The statistics, and the number of tokens."""
         if self.tokens == 0:  # an expert that none was sent to: all its inputs count alike
-            return {"hessian": torch.eye(len(self.second), device=self.second.device), "mean_abs": self.magnitude + 1}
-        # what is symmetric by definition is made so up to the last bit
-        return {
-            "hessian": (self.second + self.second.t()) / (2 * int(self.tokens)),
-            "mean_abs": self.magnitude / int(self.tokens),
-        }
+            hessian, mean_abs = torch.eye(len(self.second), device=self.second.device), self.magnitude + 1
+        else:
+            # what is symmetric by definition is made so up to the last bit
+            hessian = (self.second + self.second.t()) / (2 * int(self.tokens))
+            mean_abs = self.magnitude / int(self.tokens)
+        return {"hessian": hessian, "mean_abs": mean_abs, "tokens": self.tokens}
+
+
+class _Guided(_Moments):
+    """Of which a token counts as much as its loss depends on the layer's output."""
+
+    def __init__(self, features: int, device: torch.device, seq_len: int) -> None:
+        super().__init__(features, device)
+        self.seq_len = seq_len
+
+    def observe(self, x: Tensor, grad_output: Tensor) -> None:
+        # the loss is a mean over the tokens of a sequence; that of each is meant
+        self.add(x, (grad_output.float() * self.seq_len).square().mean(1))
 
 
 @torch.no_grad()
@@ -97,8 +113,9 @@ def input_statistics(
     compute: str = "float32",
     accumulate_on: torch.device | None = None,
     cache: TensorCache | None = None,
+    scratch: Path | None = None,
     label: str = "input statistics",
-) -> dict[str, InputStatistics]:
+) -> Mapping[str, InputStatistics]:
     """Run the calibration set once and collect the statistics of every layer's input.
 
     Args:
@@ -108,6 +125,7 @@ def input_statistics(
         compute: precision of the model, a key of ``COMPUTE_DTYPES``; sums are in float32.
         accumulate_on: device of the sums; None for the model's.
         cache: where results are kept.
+        scratch: folder for what lies between blocks, of a model that is to be walked block by block.
 
     Returns:
         Statistics by layer name; layers with the same input hold the same object.
@@ -115,19 +133,29 @@ def input_statistics(
     leaders = _shared_inputs(model, layers, tokens[:1, :2])
     firsts = {name: layers[name] for name in set(leaders.values())}
     device = accumulate_on or next(model.parameters()).device
-    tensors = (cache or TensorCache()).resume(
+
+    def collect(missing: Collection[str], snapshot: Snapshot) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        sums = {name: functools.partial(_Moments, layer.in_features, device) for name, layer in firsts.items()}
+        if scratch is None:
+            return _collect(model, firsts, tokens, compute, sums, label, snapshot)
+        return streamed_inputs(model, layers, tokens, compute, sums, missing, scratch / snapshot.name, label)
+
+    kept = (cache or TensorCache()).by_layer(
         "inputs",
         lambda: fingerprint(model.state_dict(), tokens, inputs=sorted(firsts), compute=compute),
+        firsts,
         device,
-        lambda snapshot: _collect(model, firsts, tokens, compute, device, label, snapshot),
+        collect,
+        lazy=scratch is not None,
     )
-    results = _statistics(tensors, firsts)
-    return {name: results[leaders[name]] for name in layers}
+    _warn_of_unseen([name for name in kept if not kept[name]["tokens"]])
+    results = _statistics(kept)
+    return each(layers, lambda name: results[leaders[name]], lazy=scratch is not None)
 
 
 def guided_statistics(
     objective: Objective, *, cache: TensorCache | None = None, label: str = "gradients and input statistics"
-) -> tuple[GradientMoments, dict[str, InputStatistics]]:
+) -> tuple[GradientMoments, Mapping[str, InputStatistics]]:
     """Run the calibration set once forward and backward at the original weights.
 
     Args:
@@ -137,43 +165,33 @@ def guided_statistics(
     Returns:
         What :meth:`Objective.gradients` returns, and statistics by layer name, of each layer its own.
     """
-    device = objective.accumulators
-    seq_len = objective.tokens.shape[1]
-
-    def guided(moments: _Moments) -> Observer:
-        # the loss is a mean over the tokens of a sequence; that of each is meant
-        return lambda x, grad_output: moments.add(x, (grad_output.float() * seq_len).square().mean(1))
-
-    def collect(snapshot: Snapshot) -> dict[str, Tensor]:
-        sums = {name: _Moments(layer.in_features, device) for name, layer in objective.layers.items()}
-        observers = {name: guided(part) for name, part in sums.items()}
-        moments = objective.walk_start(observers, label=label, snapshot=snapshot, state=_state(sums))
-        return moments.flat() | _flat(sums)
-
-    tensors = (cache or TensorCache()).resume(
-        "gradients_and_inputs", lambda: objective.fingerprint(gradients="with inputs"), device, collect
+    device, seq_len = objective.accumulators, objective.tokens.shape[1]
+    kept = objective.walk_start(
+        "gradients_and_inputs",
+        lambda name: _Guided(objective.layers[name].in_features, device, seq_len),
+        cache=cache,
+        label=label,
     )
-    return GradientMoments.from_flat(tensors), _statistics(tensors, objective.layers)
+    _warn_of_unseen([name for name in kept if not kept[name]["tokens"]])
+    return GradientMoments.of(kept), _statistics(kept)
 
 
-def _flat(moments: Mapping[str, _Moments]) -> dict[str, Tensor]:
-    unseen = [name for name, moment in moments.items() if moment.tokens == 0]
-    if unseen:
+def _warn_of_unseen(names: list[str]) -> None:
+    if names:
         log.warning(
             "%d layers, such as %s, were given no token of the calibration set: all their inputs count alike; "
             "raise --num-samples",
-            len(unseen),
-            unseen[0],
+            len(names),
+            names[0],
         )
-    return {f"{part}.{name}": tensor for name, moment in moments.items() for part, tensor in moment.result().items()}
 
 
-def _state(moments: Mapping[str, _Moments]) -> dict[str, Tensor]:
-    return {f"{part}.{name}": tensor for name, moment in moments.items() for part, tensor in moment.state().items()}
+def _statistics(kept: Kept) -> Mapping[str, InputStatistics]:
+    def of(name: str) -> InputStatistics:
+        tensors = kept[name]
+        return InputStatistics(tensors["hessian"], tensors["mean_abs"])
 
-
-def _statistics(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, InputStatistics]:
-    return {name: InputStatistics(tensors[f"hessian.{name}"], tensors[f"mean_abs.{name}"]) for name in names}
+    return each(kept, of, lazy=isinstance(kept, LazyMapping))
 
 
 def _collect(
@@ -181,18 +199,18 @@ def _collect(
     layers: Mapping[str, nn.Linear],
     tokens: Tensor,
     compute: str,
-    accumulators: torch.device,
+    sums: Mapping[str, Callable[[], _Moments]],
     label: str,
     snapshot: Snapshot,
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
     device = next(model.parameters()).device
-    moments = {name: _Moments(layer.in_features, accumulators) for name, layer in layers.items()}
+    moments = {name: make() for name, make in sums.items()}
     hooks = [
         layers[name].register_forward_pre_hook(lambda _, inputs, m=moment: m.add(inputs[0].flatten(0, -2)))
         for name, moment in moments.items()
     ]
     try:
-        state = _state(moments)
+        state = {f"{part}.{name}": t for name, moment in moments.items() for part, t in moment.state().items()}
         first = snapshot.restore(state)
         with computing_in(compute, device):
             rest = track(tokens[first:], label, total=len(tokens) - first, tokens_per_item=tokens.shape[1])
@@ -202,7 +220,7 @@ def _collect(
     finally:
         for hook in hooks:
             hook.remove()
-    return _flat(moments)
+    yield from ((name, moment.result()) for name, moment in moments.items())
 
 
 def _shared_inputs(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> dict[str, str]:

@@ -178,6 +178,7 @@ def tune(
     Returns:
         The tuned layers, and the divergence before each step, in nats a token.
     """
+    masks = dict(masks)  # asked for at every step
     parts = {name: tunable(layer) for name, layer in dense.items()}
     norm_parameters = norm_weights(objective.model, objective.layers) if norms else []
     originals = tuple((parameter, parameter.data.clone()) for parameter in norm_parameters)

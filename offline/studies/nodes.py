@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
 
 from vllm_requant.offline.cache import TensorCache
 from vllm_requant.offline.calibration import load_calibration
+from vllm_requant.offline.lazy import Positions
 from vllm_requant.offline.models import find_layers, load_causal_lm
 from vllm_requant.offline.outliers import top_over_layers
 from vllm_requant.offline.pqi import QUADRATURES, Objective
@@ -53,7 +53,7 @@ def main(
     actual = objective.loss(end) - objective.loss()
     count = round(_SHARE * sum(weight.numel() for weight in weights.values()))
 
-    def top(rule: str, nodes: int) -> tuple[float, dict[str, Tensor]]:
+    def top(rule: str, nodes: int) -> tuple[float, Positions]:
         integral = objective.integrate(end, rule=rule, nodes=nodes, label=f"{rule}, {nodes} nodes")
         gradient = integral.moments.gradient
         scores = {name: ((end[name] - weights[name]) * gradient[name]).abs_() for name in weights}

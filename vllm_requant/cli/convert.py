@@ -109,6 +109,9 @@ def command(
     ] = None,
     device: Device = "auto",
     low_memory: LowMemory = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Leave the weights in their files and work block by block: any size.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -120,7 +123,7 @@ def command(
         from ..offline.cache import TensorCache
         from ..offline.calibration import check_dataset
         from ..offline.models import DTYPES, skeleton
-        from ..offline.pipeline import plan
+        from ..offline.pipeline import check_stream, plan
         from ..offline.recipe import Recipe, RecipeError
         from ..offline.work import WorkFolder, arguments_of, default_folder
 
@@ -138,7 +141,7 @@ def command(
             metric=metric,
             outlier_rule=outlier_rule,
             refit=refit,
-            tune_epochs=tune_epochs,  # type: ignore[arg-type]
+            tune_epochs=0 if stream and tune_epochs is None else tune_epochs,  # type: ignore[arg-type]
             hessian=hessian,
             quadrature=quadrature,
             nodes=nodes,
@@ -150,6 +153,8 @@ def command(
             seq_len=seq_len,
             seed=seed,
         )
+        if stream:
+            check_stream(model, recipe, place)
         if dtype not in DTYPES:
             raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
         # everything that can be refused is refused before a weight is read
@@ -182,6 +187,7 @@ def command(
                     "--max-shard-size": max_shard_size,
                     "--device": place.type,
                     "--low-memory": low_memory,
+                    "--stream": stream,
                 },
             )
             with (
@@ -206,6 +212,7 @@ def command(
                     max_shard_size=max_shard_size,
                     device=place,
                     low_memory=low_memory,
+                    stream=stream,
                 )
         _show(result, as_json)
 
@@ -223,7 +230,9 @@ def _convert(
     max_shard_size: str,
     device: "torch.device",
     low_memory: bool,
+    stream: bool,
 ) -> dict[str, Any]:
+    from ..offline.mapped import load_mapped
     from ..offline.models import load_causal_lm
     from ..offline.save import convert_and_save
     from ..offline.stages import Stages
@@ -231,7 +240,10 @@ def _convert(
     started = time.monotonic()
     log.info("loading %s, on %s", model, device)
     with Stages().stage("load"):
-        lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
+        if stream:
+            lm = load_mapped(model, work.path / "rounded", revision=revision, dtype=dtype)
+        else:
+            lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
     config, conversion = convert_and_save(
         lm,
         output,

@@ -1,14 +1,29 @@
 """Files that are there completely or not at all, even if the machine stops: written aside, synced, renamed."""
 
+import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["sync_file", "sync_folder", "write_bytes", "write_safetensors"]
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+__all__ = ["filling_safetensors", "sync_file", "sync_folder", "write_bytes", "write_safetensors"]
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -23,6 +38,57 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         _put(aside, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling_safetensors(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Write a safetensors file one tensor at a time, in any order.
+
+    Args:
+        path: of the file, which is there when the block ends.
+        tensors: type and shape of each by name; the block has to write all of them.
+
+    Yields:
+        ``(name, tensor)``, writes it.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full; nothing is left of it.
+    """
+    # large elements first: every tensor then begins at a multiple of its element's size
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    left = set(order)
+    aside = _aside(path)
+    try:
+        with aside.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, first + end)  # a full disk is noticed here
+            file.write(len(text).to_bytes(8, "little") + text)
+
+            def write(name: str, tensor: Tensor) -> None:
+                if (tensor.dtype, tuple(tensor.shape)) != tensors[name]:
+                    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not what was announced")
+                file.seek(first + header[name]["data_offsets"][0])
+                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                left.remove(name)
+
+            yield write
+        if left:
+            raise ValueError(f"{min(left)} was never written")
+        _put(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -6,18 +6,19 @@ Everything is written into a folder beside the target, ``config.json`` last, and
 import fcntl
 import glob
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from .checksums import SUMS_NAME, file_sums
-from .durable import sync_file, sync_folder, write_safetensors
+from .durable import filling_safetensors, sync_file, sync_folder
 from .layer import QuantizedLayer
 from .model_config import without_code
 from .reader import CONFIG_NAME, INDEX_NAME
@@ -124,16 +125,31 @@ def write_tensors(
         others: all remaining tensors by name.
         max_shard_size: bytes, or a size as huggingface_hub reads it.
     """
-    if {name: layer.spec for name, layer in layers.items()} != dict(config.layers):
+    if layers.keys() != config.layers.keys():
         raise ValueError("the layers to write are not those of the configuration")
-    tensors = dict(others)
-    for module, layer in layers.items():
-        layer.check(name=module)
-        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in layer.tensors.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    for file_name, names in plan.filename_to_tensors.items():
-        write_safetensors(folder / file_name, {name: tensors[name] for name in names}, {"format": "pt"})
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in others.items()}
+    for module, spec in config.layers.items():
+        kinds |= {f"{module}.{suffix}": (kind.dtype, kind.shape) for suffix, kind in spec.tensors().items()}
+    plan = split_state_dict_into_shards_factory(
+        kinds,
+        get_storage_size=lambda kind: kind[0].itemsize * math.prod(kind[1]),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    with ExitStack() as files:
+        write: dict[str, Callable[[str, Tensor], None]] = {}
+        for file_name, names in plan.filename_to_tensors.items():
+            there = {name: kinds[name] for name in names}
+            one = files.enter_context(filling_safetensors(folder / file_name, there, {"format": "pt"}))
+            write |= dict.fromkeys(names, one)
+        for name, tensor in others.items():
+            write[name](name, tensor)
+        for module, layer in layers.items():  # one at a time: together they may be larger than memory
+            if layer.spec != config.layers[module]:
+                raise ValueError(f"{module} is not as the configuration has it")
+            layer.check(name=module)
+            for suffix, tensor in layer.tensors.items():
+                write[f"{module}.{suffix}"](f"{module}.{suffix}", tensor)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_NAME).write_bytes(_json(index))

@@ -1,0 +1,256 @@
+"""Passes through a model of which no more than a block is in memory.
+
+A model that was loaded with its weights left in their files is walked block by block: all sequences, at all points of
+a path, go through one block before the next, and back the same way. What lies between two blocks is kept on disk for
+the way back; sums over a block's layers are finished, and written, before the next block's begin. The sums are those
+of :class:`~.pqi.Objective` and :func:`~.statistics.input_statistics`, in the same order.
+"""
+
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vllm_requant.format.durable import write_safetensors
+
+from .blocks import Blocks
+from .cache import Snapshot
+from .losses import cross_entropy, divergence
+from .mapped import release
+from .path import LayerMoments, LayerSums, moving_layers
+from .pqi import Objective
+from .progress import track
+
+__all__ = ["StreamedObjective", "streamed_inputs"]
+
+
+class Activations:
+    """What lies between blocks, one file a place; a run that stopped finds there how far it came.
+
+    Args:
+        folder: of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, place: str, tensors: list[Tensor]) -> None:
+        write_safetensors(self._path(place), {"activations": torch.cat(tensors)})
+
+    def load(self, place: str) -> list[Tensor]:
+        """The tensors ``[1, seq_len, hidden]``, in memory of their own."""
+        return list(load_file(self._path(place))["activations"].clone().split(1))
+
+    def has(self, place: str) -> bool:
+        return self._path(place).exists()
+
+    def forget(self, place: str) -> None:
+        self._path(place).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, place: str) -> Path:
+        return self.folder / f"{place}.safetensors"
+
+
+@dataclass(frozen=True)
+class StreamedObjective(Objective):
+    """F, by passes through one block at a time.
+
+    Attributes:
+        scratch: folder for what lies between blocks.
+    """
+
+    lazy: ClassVar[bool] = True
+    scratch: Path = field(kw_only=True)
+
+    def _blocks(self) -> Blocks:
+        return Blocks(self.model, self.layers, self.tokens[0], self.compute)
+
+    @torch.no_grad()
+    def _loss(self, weights: Mapping[str, Tensor], label: str) -> float:
+        blocks = self._blocks()
+        teachers = self._last(blocks, self.start, f"{label}, original") if self.labels == "model" else None
+        losses = []
+        for number, (row, hidden) in enumerate(zip(self.tokens, self._last(blocks, weights, label), strict=True)):
+            teacher = None if teachers is None else blocks.predict(row, teachers[number])
+            losses.append(float(_sequence_loss(blocks, row, hidden, teacher)))
+        return float(np.mean(losses))
+
+    @torch.no_grad()
+    def _last(self, blocks: Blocks, weights: Mapping[str, Tensor], label: str) -> list[Tensor]:
+        """What the last block makes of each sequence with those weights."""
+        hidden = [blocks.embed(row) for row in self.tokens]
+        ticks = _ticks(blocks, len(hidden), self.tokens.shape[1], label)
+        for number in range(len(blocks)):
+            with _resident(blocks, number), moving_layers(blocks.layers[number], weights) as states:
+                for state in states.values():
+                    state.t = 1.0
+                for item in range(len(hidden)):
+                    next(ticks)
+                    hidden[item] = blocks.run(number, hidden[item])
+        next(ticks, None)  # ends the bar
+        return hidden
+
+    def _collect(
+        self,
+        end: Mapping[str, Tensor],
+        path: list[tuple[float, float]],
+        squares: bool,
+        sums: Callable[[str], LayerSums] | None,
+        label: str,
+        missing: Collection[str],
+        snapshot: Snapshot,
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        blocks = self._blocks()
+        kept = Activations(self.scratch / snapshot.name)
+        self._forward(blocks, kept, end, path, f"{label}, forward")
+        gradients = self._turn(blocks, kept, path, label)
+        ticks = _ticks(blocks, len(gradients), self.tokens.shape[1], f"{label}, back")
+        for number in reversed(range(len(blocks))):
+            if kept.has(f"gradient-{number}"):
+                gradients = kept.load(f"gradient-{number}")
+                for _ in gradients:
+                    next(ticks)
+                continue
+            hidden = kept.load(f"input-{number}")
+            with _resident(blocks, number), moving_layers(blocks.layers[number], end) as states:
+                layers = {
+                    name: LayerMoments(state, len(self.tokens), squares, self.accumulators, sums and sums(name))
+                    for name, state in states.items()
+                }
+                for item, (x, grad) in enumerate(zip(hidden, gradients, strict=True)):
+                    next(ticks)
+                    for layer in layers.values():
+                        layer.at(*path[item % len(path)])
+                    x.requires_grad_(number > 0)
+                    blocks.run(number, x).backward(grad)
+                    if (item + 1) % len(path) == 0:
+                        for layer in layers.values():
+                            layer.end_sequence()
+                yield from ((name, layer.result()) for name, layer in layers.items() if name in missing)
+            if number:
+                gradients = [x.grad for x in hidden]  # type: ignore[misc]
+                kept.save(f"gradient-{number}", gradients)
+            kept.forget(f"gradient-{number + 2}")
+        next(ticks, None)  # ends the bar
+        kept.remove()
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        blocks: Blocks,
+        kept: Activations,
+        end: Mapping[str, Tensor],
+        path: list[tuple[float, float]],
+        label: str,
+    ) -> None:
+        """Keep the input of every block, and the last one's output, of every sequence at every point of the path."""
+        items = [(row, t) for row in self.tokens for t, _ in path]
+        begin = max((n for n in range(len(blocks) + 1) if kept.has(f"input-{n}")), default=0)
+        if begin == 0:
+            kept.save("input-0", [blocks.embed(row) for row, _ in items])
+        hidden = kept.load(f"input-{begin}")
+        ticks = _ticks(blocks, len(items), self.tokens.shape[1], label, begin)
+        for number in range(begin, len(blocks)):
+            with _resident(blocks, number), moving_layers(blocks.layers[number], end) as states:
+                for item, (_, t) in enumerate(items):
+                    next(ticks)
+                    for state in states.values():
+                        state.t = t
+                    hidden[item] = blocks.run(number, hidden[item])
+            kept.save(f"input-{number + 1}", hidden)
+        next(ticks, None)  # ends the bar
+
+    def _turn(self, blocks: Blocks, kept: Activations, path: list[tuple[float, float]], label: str) -> list[Tensor]:
+        """The gradient of each item's loss with respect to the last block's output."""
+        place = f"gradient-{len(blocks)}"
+        if any(kept.has(f"gradient-{number}") for number in range(len(blocks))):
+            return kept.load(f"input-{len(blocks)}")  # of the right number; the ones behind are kept
+        if not kept.has(place):
+            teachers = None
+            if self.labels == "model":
+                teachers = self._last(blocks, self.start, f"{label}, original")
+            gradients = []
+            for item, hidden in enumerate(kept.load(f"input-{len(blocks)}")):
+                row = self.tokens[item // len(path)]
+                with torch.no_grad():
+                    teacher = None if teachers is None else blocks.predict(row, teachers[item // len(path)])
+                hidden.requires_grad_(True)
+                _sequence_loss(blocks, row, hidden, teacher).backward()
+                assert hidden.grad is not None
+                gradients.append(hidden.grad)
+            kept.save(place, gradients)
+        return kept.load(place)
+
+
+@torch.no_grad()
+def streamed_inputs(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    tokens: Tensor,
+    compute: str,
+    sums: Mapping[str, Callable[[], Any]],
+    missing: Collection[str],
+    scratch: Path,
+    label: str,
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Statistics of the inputs of some layers.
+
+    Args:
+        model, layers: as for :class:`Blocks`.
+        sums: by layer, makes what adds up inputs, with ``add(x [tokens, features])`` and ``result()``.
+        missing: layers that are still wanted.
+        scratch: folder for what lies between blocks.
+    """
+    blocks = Blocks(model, layers, tokens[0], compute)
+    kept = Activations(scratch)
+    begin = max((n for n in range(len(blocks)) if kept.has(f"input-{n}")), default=0)
+    hidden = kept.load(f"input-{begin}") if begin else [blocks.embed(row) for row in tokens]
+    ticks = _ticks(blocks, len(tokens), tokens.shape[1], label, begin)
+    for number in range(begin, len(blocks)):
+        wanted = {name: sums[name]() for name in blocks.layers[number] if name in sums and name in missing}
+        hooks = [
+            layers[name].register_forward_pre_hook(lambda _, inputs, m=each: m.add(inputs[0].flatten(0, -2)))
+            for name, each in wanted.items()
+        ]
+        try:
+            with _resident(blocks, number):
+                for item in range(len(hidden)):
+                    next(ticks)
+                    hidden[item] = blocks.run(number, hidden[item])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield from ((name, each.result()) for name, each in wanted.items())
+        kept.save(f"input-{number + 1}", hidden)
+        kept.forget(f"input-{number}")
+    next(ticks, None)  # ends the bar
+    kept.remove()
+
+
+def _sequence_loss(blocks: Blocks, row: Tensor, hidden: Tensor, teacher: Tensor | None) -> Tensor:
+    logits = blocks.predict(row, hidden)
+    return cross_entropy(logits, row[1:].to(logits.device)) if teacher is None else divergence(logits, teacher)
+
+
+@contextmanager
+def _resident(blocks: Blocks, number: int) -> Iterator[None]:
+    """A block's weights may be in memory while something is done with it, and are not afterwards."""
+    try:
+        yield
+    finally:
+        release(blocks.modules[number])
+
+
+def _ticks(blocks: Blocks, items: int, seq_len: int, label: str, begin: int = 0) -> Iterator[int]:
+    passes = items * (len(blocks) - begin)
+    return iter(track(range(passes), label, total=passes, tokens_per_item=seq_len))
