@@ -51,11 +51,14 @@ class Conversion:
     """The result of a conversion.
 
     Attributes:
-        layers: quantized layers by module name, the head last if it was asked for.
+        layers: quantized layers by module name, the head last if it was asked for; made whenever one is asked for, if
+            the model is larger than memory.
+        specs: of the layers.
         report: what was measured on the way; becomes ``requant_report.json``.
     """
 
     layers: Mapping[str, QuantizedLayer]
+    specs: dict[str, LayerSpec]
     report: dict[str, Any]
 
 
@@ -166,6 +169,7 @@ class _Run:
     cache: TensorCache
     low_memory: bool
     stages: Stages = field(default_factory=Stages)
+    specs: dict[str, LayerSpec] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=lambda: {"refit": None, "tuning": None})
 
     def __post_init__(self) -> None:
@@ -253,7 +257,7 @@ class _Run:
                 blocks = layers
                 layers = each([*blocks, name], lambda asked: blocks.get(asked, head), lazy=self.lazy)
         self.report |= {"integrals": self.measurements.integrals, "stages": self.stages.report()}
-        return Conversion(layers, self.report)
+        return Conversion(layers, self.specs, self.report)
 
     def _finished(self, dense: Dense, masks: Masks) -> Mapping[str, QuantizedLayer]:
         """Dense and sparse parts together."""
@@ -407,7 +411,7 @@ class _Run:
         """Log layers and add them to the report; ``weight`` is the original of one that is not in a block."""
         entries = self.report.setdefault("layers", {})
         for name, layer in layers.items():
-            spec = layer.spec
+            spec = self.specs[name] = layer.spec
             original = self.weights[name] if weight is None else weight
             error = relative_error(layer.weight(), original.cpu().float())
             entries[name] = {"bits_per_weight": spec.bits_per_weight, "nnz": spec.nnz, "relative_error": error}

@@ -14,6 +14,7 @@ from vllm_requant.format.writer import staged_folder, write_tensors
 
 from .cache import TensorCache, fingerprint
 from .calibration import Calibration, load_calibration
+from .lazy import LazyMapping
 from .models import CausalLM, model_config, other_tensors
 from .observer import current_observer
 from .pipeline import Conversion, convert
@@ -117,11 +118,11 @@ def save(
     Returns:
         The configuration that was written.
     """
-    layers = {stored_name(lm.model.config, name): layer for name, layer in conversion.layers.items()}
+    names = {stored_name(lm.model.config, name): name for name in conversion.layers}
     config = CheckpointConfig(
         producer={"name": "vllm-requant", "version": vllm_requant.__version__},
         provenance=_provenance(lm, recipe, calibration),
-        layers={name: layer.spec for name, layer in layers.items()},
+        layers={stored: conversion.specs[name] for stored, name in names.items()},
     )
     with staged_folder(folder, overwrite=overwrite) as staging:
         lm.tokenizer.save_pretrained(staging)
@@ -134,7 +135,7 @@ def save(
             staging,
             model_config(lm),
             config,
-            layers,
+            LazyMapping(names, lambda stored: conversion.layers[names[stored]]),
             other_tensors(lm, set(conversion.layers)),
             max_shard_size=max_shard_size,
         )
