@@ -1,8 +1,10 @@
 """``requant verify``: good checkpoints, a line for every fault, and the original."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ SHORT = {"seq_len": 24, "tune_epochs": 0}
 
 
 def verify(*arguments: str | Path, status: int = 0) -> Result:
-    done = CliRunner().invoke(app, ["verify", *map(str, arguments)])
+    # the command tells tqdm to be silent, which vLLM in later tests would stumble over
+    with patch.dict(os.environ):
+        done = CliRunner().invoke(app, ["verify", *map(str, arguments)])
     assert done.exit_code == status, done.output
     return done
 
