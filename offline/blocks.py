@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .mapped import release
 from .models import computing_in, decoder_blocks
 
 __all__ = ["Blocks"]
@@ -31,6 +32,7 @@ class Blocks:
         self.model, self.compute = model, compute
         self.device: torch.device = next(model.parameters()).device
         prefix, self.modules = decoder_blocks(model)
+        self.called = self.modules  # by the model itself
         self.layers = [
             {name: layer for name, layer in layers.items() if name.startswith(f"{prefix}.{number}.")}
             for number in range(len(self.modules))
@@ -81,14 +83,22 @@ class Blocks:
             self.model.base_model(row[None].to(self.device), use_cache=False)
 
     @contextmanager
+    def resident(self, number: int) -> Iterator[None]:
+        """A block's weights may be in memory while something is done with it, and are not afterwards."""
+        try:
+            yield
+        finally:
+            release(self.modules[number])
+
+    @contextmanager
     def _instead(self, forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
         """Something else in the place of what each block computes."""
         try:
-            for module, forward in zip(self.modules, forwards, strict=True):
+            for module, forward in zip(self.called, forwards, strict=True):
                 module.forward = forward  # an attribute of the instance goes before the method of the class
             yield
         finally:
-            for module in self.modules:
+            for module in self.called:
                 module.__dict__.pop("forward", None)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_requant.format.durable import write_safetensors
 
 from .lazy import LazyMapping
+from .ranks import Ranks, current_ranks
 
 __all__ = ["Snapshot", "TensorCache", "fingerprint"]
 
@@ -117,18 +118,27 @@ class TensorCache:
         key: Callable[[], str],
         device: torch.device,
         compute: Callable[[Snapshot], dict[str, Tensor]],
+        *,
+        together: bool = False,
     ) -> dict[str, Tensor]:
-        """The same for a long computation, which keeps its state in a snapshot and begins with the one it finds."""
+        """The same for a long computation, which keeps its state in a snapshot and begins with the one it finds.
+
+        Args:
+            together: all processes compute it together, so none may unless all do.
+        """
         if self.folder is None:
             return compute(Snapshot(None, self.snapshot_every))
         path = self.folder / stage / f"{key()[:32]}.safetensors"
-        tensors = _load(path, device)
-        if tensors is None:
+        ranks = current_ranks() if together else Ranks()
+        kept = _load(path, device) if ranks.agree(lambda: _is_whole(path)) else None
+        if kept is None:
             snapshot = Snapshot(path.with_suffix(".snapshot"), self.snapshot_every)
-            tensors = compute(snapshot)
-            write_safetensors(path, tensors)
+            kept = compute(snapshot)
+            if ranks.first:
+                write_safetensors(path, kept)
             snapshot.forget()
-        return tensors
+            ranks.wait()
+        return kept
 
     def by_layer(
         self,
@@ -153,15 +163,18 @@ class TensorCache:
             return dict(compute(set(names), Snapshot(None, self.snapshot_every)))
         ending = f"{key()[:32]}.safetensors"
         paths = {name: self.folder / stage / name / ending for name in names}
-        missing = {name for name, path in paths.items() if not _is_whole(path)}
+        ranks = current_ranks()
+        missing = ranks.agree(lambda: {name for name, path in paths.items() if not _is_whole(path)})
         made = {}
         if missing:
             snapshot = Snapshot(self.folder / stage / Path(ending).with_suffix(".snapshot"), self.snapshot_every)
             for name, tensors in compute(missing, snapshot):
-                write_safetensors(paths[name], tensors)
+                if ranks.first:
+                    write_safetensors(paths[name], tensors)
                 if not lazy:
                     made[name] = tensors
             snapshot.forget()
+            ranks.wait()
 
         def read(name: str) -> dict[str, Tensor]:
             tensors = _load(paths[name], device)
@@ -171,13 +184,16 @@ class TensorCache:
 
         return LazyMapping(names, read) if lazy else {name: made.get(name) or read(name) for name in names}
 
-    def number(self, stage: str, key: Callable[[], str], compute: Callable[[], float]) -> float:
+    def number(
+        self, stage: str, key: Callable[[], str], compute: Callable[[], float], *, together: bool = False
+    ) -> float:
         """The same for a single number."""
 
         def tensor() -> dict[str, Tensor]:
             return {"value": torch.tensor(compute(), dtype=torch.float64)}
 
-        return float(self.get(stage, key, torch.device("cpu"), tensor)["value"])
+        cpu = torch.device("cpu")
+        return float(self.resume(stage, key, cpu, lambda _: tensor(), together=together)["value"])
 
 
 def _is_whole(path: Path) -> bool:

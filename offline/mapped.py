@@ -73,13 +73,16 @@ def release(module: nn.Module) -> None:
             memory.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
-def load_mapped(source: str, scratch: Path, *, revision: str | None = None, dtype: str = "auto") -> CausalLM:
+def load_mapped(
+    source: str, scratch: Path, *, revision: str | None = None, dtype: str = "auto", sharded: bool = False
+) -> CausalLM:
     """Load a model for conversion and leave its matrices where they are.
 
     Args:
         source: local folder or Hub id, of safetensors files.
         scratch: folder for matrices that have to be rounded.
         revision, dtype: as for :func:`load_causal_lm`.
+        sharded: the processes that convert it are to hold parts of its blocks in memory.
 
     Raises:
         ModelError: as for :func:`load_causal_lm`; or the files do not hold exactly the model's tensors under the
@@ -113,7 +116,8 @@ def load_mapped(source: str, scratch: Path, *, revision: str | None = None, dtyp
         owner = model.get_submodule(name.rpartition(".")[0])
         _replace(model, parameter, nn.Parameter(tensor, requires_grad=False), owner)
     model.config.use_cache = False
-    return CausalLM(model.eval(), tokenizer, target, source, getattr(config, "_commit_hash", None), files, mapped=True)
+    commit = getattr(config, "_commit_hash", None)
+    return CausalLM(model.eval(), tokenizer, target, source, commit, files, mapped=True, sharded=sharded)
 
 
 def _replace(model: Any, old: nn.Parameter, new: nn.Parameter, owner: nn.Module) -> None:
@@ -126,7 +130,7 @@ def _replace(model: Any, old: nn.Parameter, new: nn.Parameter, owner: nn.Module)
 
 
 def _rounded(path: Path, tensor: Tensor, target: torch.dtype) -> Tensor:
-    if not path.exists():
+    if not path.exists():  # several processes may write the same
         log.info("rounding %s to %s", path.stem, target)
         write_safetensors(path, {"weight": tensor.to(target)})
     return map_tensors(path)["weight"]

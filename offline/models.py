@@ -100,6 +100,7 @@ class CausalLM:
         revision: resolved Hub commit, or None for a local source.
         files: of a local source, as they were when it was loaded.
         mapped: the matrices lie in files, and come into memory when they are read.
+        sharded: of a mapped one, the processes that convert it hold parts of its blocks in memory.
     """
 
     model: Any
@@ -109,6 +110,7 @@ class CausalLM:
     revision: str | None
     files: SourceFiles
     mapped: bool = False
+    sharded: bool = False
 
     @property
     def device(self) -> torch.device:

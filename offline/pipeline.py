@@ -33,11 +33,12 @@ from .models import CausalLM, ModelError, find_layers, head_module, other_weight
 from .pqi import GradientMoments, Objective
 from .progress import track
 from .quantizer import Dense, LayerQuantizer, Masks
+from .ranks import current_ranks
 from .recipe import Recipe, RecipeError
 from .selection import Search, Selection, Selector
 from .stages import Stages
 from .statistics import InputStatistics, guided_statistics, input_statistics
-from .streaming import StreamedObjective
+from .streaming import StreamedObjective, Walk
 from .tuning import norm_weights, tune
 
 __all__ = ["Conversion", "check_stream", "convert", "plan"]
@@ -176,12 +177,13 @@ class _Run:
         self.model = self.lm.model
         self.layers = find_layers(self.model)
         self.lazy = self.lm.mapped
+        self.walk = Walk(self._scratch / "between", sharded=self.lm.sharded) if self.lazy else None
         self.base = self.recipe.make_base()
         self.inputs: Mapping[str, InputStatistics] = {}
         self.objective: Objective | None = None
         if self.tokens is not None:
             apart = self.recipe.path_samples or None  # with None both slices hold everything
-            kind = functools.partial(StreamedObjective, scratch=self._scratch) if self.lazy else Objective
+            kind = functools.partial(StreamedObjective, walk=self.walk) if self.walk else Objective
             self.objective = kind(
                 self.model,
                 self.layers,
@@ -308,7 +310,7 @@ class _Run:
             compute=self.recipe.compute,
             accumulate_on=self._fitted.accumulators,
             cache=self.cache,
-            scratch=self._scratch if self.lazy else None,
+            walk=self.walk,
         )
         return None
 
@@ -320,8 +322,9 @@ class _Run:
             seen = {name: inputs[name].to(layer.weight.device) for name, layer in fold.consumers.items()}
             scale = apply_fold(fold, self._fold_scale(base, fold, seen), self.lm.dtype)
             spread |= dict.fromkeys(fold.consumers, 1 / fold.spread(scale))
-            if self.lazy:
+            if self.walk is not None:
                 self._write_folded(fold)
+                self.walk.forget()
 
         def folded(name: str) -> InputStatistics:
             statistics = inputs[name]
@@ -335,7 +338,9 @@ class _Run:
         for module in (fold.producer, *fold.consumers.values()):
             if module in names:
                 path = self._scratch / f"folded.{names[module]}.safetensors"
-                write_safetensors(path, {"weight": module.weight.data})
+                if current_ranks().first:
+                    write_safetensors(path, {"weight": module.weight.data})
+                current_ranks().wait()
                 module.weight = nn.Parameter(map_tensors(path)["weight"], requires_grad=False)
 
     def _fold_scale(self, base: Awq, fold: Fold, seen: Mapping[str, InputStatistics]) -> Tensor:

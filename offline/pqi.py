@@ -175,6 +175,7 @@ class Objective:
             "loss",
             lambda: self.fingerprint(at=fingerprint(weights or self.start), labels=self.labels),
             lambda: self._loss(weights or self.start, label),
+            together=self.lazy,
         )
 
     def _loss(self, weights: Mapping[str, Tensor], label: str) -> float:

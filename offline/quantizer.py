@@ -13,6 +13,7 @@ from .cache import TensorCache, fingerprint
 from .lazy import LazyMapping, Positions, each
 from .pqi import GradientMoments
 from .progress import track
+from .ranks import current_ranks
 from .recipe import Precision, Recipe
 from .statistics import InputStatistics
 
@@ -74,10 +75,12 @@ class LayerQuantizer:
     def _tracked(self, make: Callable[[str], DenseLayer], label: str) -> Dense:
         """What is made of each layer; everything is made once, and kept in the cache if not in memory."""
         made = {}
-        for name in track(self.weights, label, total=len(self.weights)):
+        own = current_ranks().mine(list(self.weights))
+        for name in track(own, label, total=len(own)):
             layer = make(name)
             if not self.lazy:
                 made[name] = layer
+        current_ranks().wait()
         return LazyMapping(self.weights, make) if self.lazy else made
 
     def _cached(self, name: str, removed: Tensor | None, precision: Precision) -> DenseLayer:
@@ -111,7 +114,10 @@ class LayerQuantizer:
                 lambda: base.expected_error(layer),
             )
 
-        return {name: error(name) for name in track(self.weights, label, total=len(self.weights))}
+        own = current_ranks().mine(list(self.weights))
+        errors = {name: error(name) for name in track(own, label, total=len(own))}
+        everywhere = {name: value for part in current_ranks().gather(errors) for name, value in part.items()}
+        return {name: everywhere[name] for name in self.weights}
 
     def refit(self, dense: Dense, removed: Masks, label: str) -> Dense:
         """Quantize every layer again, now that the sparse part is final."""

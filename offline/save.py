@@ -18,6 +18,7 @@ from .lazy import LazyMapping
 from .models import CausalLM, model_config, other_tensors
 from .observer import current_observer
 from .pipeline import Conversion, convert
+from .ranks import current_ranks
 from .recipe import Recipe
 from .stages import Stages
 from .work import WorkFolder
@@ -69,7 +70,11 @@ def convert_and_save(
     conversion, calibration = convert_on(lm, recipe, dataset, cache=cache, low_memory=low_memory, work=work)
     lm.files.check()
     with Stages().stage("save"):
-        config = save(folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size)
+        config = current_ranks().agree(
+            lambda: save(
+                folder, lm, recipe, calibration, conversion, overwrite=overwrite, max_shard_size=max_shard_size
+            )
+        )
     if work is not None:
         work.remove()
     current_observer().converted(config, conversion.report)

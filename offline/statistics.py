@@ -11,7 +11,6 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .lazy import LazyMapping, each
 from .models import computing_in
 from .pqi import GradientMoments, Kept, Objective
 from .progress import track
-from .streaming import streamed_inputs
+from .streaming import Walk, streamed_inputs
 
 __all__ = ["HESSIANS", "InputStatistics", "guided_statistics", "input_statistics"]
 
@@ -87,7 +86,7 @@ class _Moments:
             hessian, mean_abs = torch.eye(len(self.second), device=self.second.device), self.magnitude + 1
         else:
             # what is symmetric by definition is made so up to the last bit
-            hessian = (self.second + self.second.t()) / (2 * int(self.tokens))
+            hessian = (self.second + self.second.t()).div_(2 * int(self.tokens))
             mean_abs = self.magnitude / int(self.tokens)
         return {"hessian": hessian, "mean_abs": mean_abs, "tokens": self.tokens}
 
@@ -113,7 +112,7 @@ def input_statistics(
     compute: str = "float32",
     accumulate_on: torch.device | None = None,
     cache: TensorCache | None = None,
-    scratch: Path | None = None,
+    walk: Walk | None = None,
     label: str = "input statistics",
 ) -> Mapping[str, InputStatistics]:
     """Run the calibration set once and collect the statistics of every layer's input.
@@ -125,7 +124,7 @@ def input_statistics(
         compute: precision of the model, a key of ``COMPUTE_DTYPES``; sums are in float32.
         accumulate_on: device of the sums; None for the model's.
         cache: where results are kept.
-        scratch: folder for what lies between blocks, of a model that is to be walked block by block.
+        walk: for a model that stays in its files: how passes go through its blocks.
 
     Returns:
         Statistics by layer name; layers with the same input hold the same object.
@@ -136,9 +135,9 @@ def input_statistics(
 
     def collect(missing: Collection[str], snapshot: Snapshot) -> Iterator[tuple[str, dict[str, Tensor]]]:
         sums = {name: functools.partial(_Moments, layer.in_features, device) for name, layer in firsts.items()}
-        if scratch is None:
+        if walk is None:
             return _collect(model, firsts, tokens, compute, sums, label, snapshot)
-        return streamed_inputs(model, layers, tokens, compute, sums, missing, scratch / snapshot.name, label)
+        return streamed_inputs(model, layers, tokens, compute, sums, missing, walk, snapshot, label)
 
     kept = (cache or TensorCache()).by_layer(
         "inputs",
@@ -146,11 +145,11 @@ def input_statistics(
         firsts,
         device,
         collect,
-        lazy=scratch is not None,
+        lazy=walk is not None,
     )
     _warn_of_unseen([name for name in kept if not kept[name]["tokens"]])
     results = _statistics(kept)
-    return each(layers, lambda name: results[leaders[name]], lazy=scratch is not None)
+    return each(layers, lambda name: results[leaders[name]], lazy=walk is not None)
 
 
 def guided_statistics(

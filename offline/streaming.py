@@ -8,7 +8,7 @@ of :class:`~.pqi.Objective` and :func:`~.statistics.input_statistics`, in the sa
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,12 +23,13 @@ from vllm_requant.format.durable import write_safetensors
 from .blocks import Blocks
 from .cache import Snapshot
 from .losses import cross_entropy, divergence
-from .mapped import release
 from .path import LayerMoments, LayerSums, moving_layers
 from .pqi import Objective
 from .progress import track
+from .ranks import current_ranks
+from .sharding import ShardedBlocks
 
-__all__ = ["StreamedObjective", "streamed_inputs"]
+__all__ = ["StreamedObjective", "Walk", "streamed_inputs"]
 
 
 class Activations:
@@ -39,26 +40,55 @@ class Activations:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder / str(current_ranks().rank)
 
     def save(self, place: str, tensors: list[Tensor]) -> None:
-        write_safetensors(self._path(place), {"activations": torch.cat(tensors)})
+        # a process may have no sequences
+        write_safetensors(self._path(place), {"activations": torch.cat(tensors) if tensors else torch.zeros(0)})
 
     def load(self, place: str) -> list[Tensor]:
         """The tensors ``[1, seq_len, hidden]``, in memory of their own."""
-        return list(load_file(self._path(place))["activations"].clone().split(1))
+        activations = load_file(self._path(place))["activations"].clone()
+        return list(activations.split(1)) if len(activations) else []
 
     def has(self, place: str) -> bool:
-        return self._path(place).exists()
+        """Whether all processes kept it."""
+        return all(current_ranks().gather(self._path(place).exists()))
 
     def forget(self, place: str) -> None:
         self._path(place).unlink(missing_ok=True)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # another process may still have something there
+            self.folder.parent.rmdir()
 
     def _path(self, place: str) -> Path:
         return self.folder / f"{place}.safetensors"
+
+
+class Walk:
+    """How passes go through the blocks of a model that stays in its files.
+
+    Args:
+        scratch: folder for what lies between blocks.
+        sharded: the processes hold parts of every block in memory, and do not read it from the files in every pass.
+    """
+
+    def __init__(self, scratch: Path, *, sharded: bool = False) -> None:
+        self.scratch, self._kind = scratch, ShardedBlocks if sharded else Blocks
+        self._blocks: dict[tuple[int, int, str], Blocks] = {}
+
+    def blocks(self, model: Any, layers: Mapping[str, nn.Linear], row: Tensor, compute: str) -> Blocks:
+        """Arguments as for :class:`Blocks`."""
+        key = id(model), len(row), compute
+        if key not in self._blocks:
+            self._blocks[key] = self._kind(model, layers, row, compute)
+        return self._blocks[key]
+
+    def forget(self) -> None:
+        """The model's weights have changed."""
+        self._blocks.clear()
 
 
 @dataclass(frozen=True)
@@ -66,32 +96,38 @@ class StreamedObjective(Objective):
     """F, by passes through one block at a time.
 
     Attributes:
-        scratch: folder for what lies between blocks.
+        walk: how they go.
     """
 
     lazy: ClassVar[bool] = True
-    scratch: Path = field(kw_only=True)
+    walk: Walk = field(kw_only=True)
 
     def _blocks(self) -> Blocks:
-        return Blocks(self.model, self.layers, self.tokens[0], self.compute)
+        return self.walk.blocks(self.model, self.layers, self.tokens[0], self.compute)
+
+    @property
+    def _rows(self) -> Tensor:
+        """The sequences of this process."""
+        rows: Tensor = current_ranks().mine(self.tokens)
+        return rows
 
     @torch.no_grad()
     def _loss(self, weights: Mapping[str, Tensor], label: str) -> float:
         blocks = self._blocks()
         teachers = self._last(blocks, self.start, f"{label}, original") if self.labels == "model" else None
         losses = []
-        for number, (row, hidden) in enumerate(zip(self.tokens, self._last(blocks, weights, label), strict=True)):
+        for number, (row, hidden) in enumerate(zip(self._rows, self._last(blocks, weights, label), strict=True)):
             teacher = None if teachers is None else blocks.predict(row, teachers[number])
             losses.append(float(_sequence_loss(blocks, row, hidden, teacher)))
-        return float(np.mean(losses))
+        return float(np.mean([loss for own in current_ranks().gather(losses) for loss in own]))
 
     @torch.no_grad()
     def _last(self, blocks: Blocks, weights: Mapping[str, Tensor], label: str) -> list[Tensor]:
         """What the last block makes of each sequence with those weights."""
-        hidden = [blocks.embed(row) for row in self.tokens]
+        hidden = [blocks.embed(row) for row in self._rows]
         ticks = _ticks(blocks, len(hidden), self.tokens.shape[1], label)
         for number in range(len(blocks)):
-            with _resident(blocks, number), moving_layers(blocks.layers[number], weights) as states:
+            with blocks.resident(number), moving_layers(blocks.layers[number], weights) as states:
                 for state in states.values():
                     state.t = 1.0
                 for item in range(len(hidden)):
@@ -111,7 +147,7 @@ class StreamedObjective(Objective):
         snapshot: Snapshot,
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         blocks = self._blocks()
-        kept = Activations(self.scratch / snapshot.name)
+        kept = Activations(self.walk.scratch / snapshot.name)
         self._forward(blocks, kept, end, path, f"{label}, forward")
         gradients = self._turn(blocks, kept, path, label)
         ticks = _ticks(blocks, len(gradients), self.tokens.shape[1], f"{label}, back")
@@ -122,7 +158,7 @@ class StreamedObjective(Objective):
                     next(ticks)
                 continue
             hidden = kept.load(f"input-{number}")
-            with _resident(blocks, number), moving_layers(blocks.layers[number], end) as states:
+            with blocks.resident(number), moving_layers(blocks.layers[number], end) as states:
                 layers = {
                     name: LayerMoments(state, len(self.tokens), squares, self.accumulators, sums and sums(name))
                     for name, state in states.items()
@@ -136,6 +172,8 @@ class StreamedObjective(Objective):
                     if (item + 1) % len(path) == 0:
                         for layer in layers.values():
                             layer.end_sequence()
+                for layer in layers.values():
+                    current_ranks().add_up(layer.state())
                 yield from ((name, layer.result()) for name, layer in layers.items() if name in missing)
             if number:
                 gradients = [x.grad for x in hidden]  # type: ignore[misc]
@@ -154,14 +192,14 @@ class StreamedObjective(Objective):
         label: str,
     ) -> None:
         """Keep the input of every block, and the last one's output, of every sequence at every point of the path."""
-        items = [(row, t) for row in self.tokens for t, _ in path]
+        items = [(row, t) for row in self._rows for t, _ in path]
         begin = max((n for n in range(len(blocks) + 1) if kept.has(f"input-{n}")), default=0)
         if begin == 0:
             kept.save("input-0", [blocks.embed(row) for row, _ in items])
         hidden = kept.load(f"input-{begin}")
         ticks = _ticks(blocks, len(items), self.tokens.shape[1], label, begin)
         for number in range(begin, len(blocks)):
-            with _resident(blocks, number), moving_layers(blocks.layers[number], end) as states:
+            with blocks.resident(number), moving_layers(blocks.layers[number], end) as states:
                 for item, (_, t) in enumerate(items):
                     next(ticks)
                     for state in states.values():
@@ -181,7 +219,7 @@ class StreamedObjective(Objective):
                 teachers = self._last(blocks, self.start, f"{label}, original")
             gradients = []
             for item, hidden in enumerate(kept.load(f"input-{len(blocks)}")):
-                row = self.tokens[item // len(path)]
+                row = self._rows[item // len(path)]
                 with torch.no_grad():
                     teacher = None if teachers is None else blocks.predict(row, teachers[item // len(path)])
                 hidden.requires_grad_(True)
@@ -200,22 +238,25 @@ def streamed_inputs(
     compute: str,
     sums: Mapping[str, Callable[[], Any]],
     missing: Collection[str],
-    scratch: Path,
+    walk: Walk,
+    snapshot: Snapshot,
     label: str,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Statistics of the inputs of some layers.
 
     Args:
         model, layers: as for :class:`Blocks`.
-        sums: by layer, makes what adds up inputs, with ``add(x [tokens, features])`` and ``result()``.
+        sums: by layer, makes what adds up inputs, with ``add(x [tokens, features])``, ``state()`` and ``result()``.
         missing: layers that are still wanted.
-        scratch: folder for what lies between blocks.
+        walk: how passes go.
+        snapshot: names the computation.
     """
-    blocks = Blocks(model, layers, tokens[0], compute)
-    kept = Activations(scratch)
+    blocks = walk.blocks(model, layers, tokens[0], compute)
+    kept = Activations(walk.scratch / snapshot.name)
     begin = max((n for n in range(len(blocks)) if kept.has(f"input-{n}")), default=0)
-    hidden = kept.load(f"input-{begin}") if begin else [blocks.embed(row) for row in tokens]
-    ticks = _ticks(blocks, len(tokens), tokens.shape[1], label, begin)
+    rows = current_ranks().mine(tokens)
+    hidden = kept.load(f"input-{begin}") if begin else [blocks.embed(row) for row in rows]
+    ticks = _ticks(blocks, len(rows), tokens.shape[1], label, begin)
     for number in range(begin, len(blocks)):
         wanted = {name: sums[name]() for name in blocks.layers[number] if name in sums and name in missing}
         hooks = [
@@ -223,16 +264,18 @@ def streamed_inputs(
             for name, each in wanted.items()
         ]
         try:
-            with _resident(blocks, number):
+            with blocks.resident(number):
                 for item in range(len(hidden)):
                     next(ticks)
                     hidden[item] = blocks.run(number, hidden[item])
         finally:
             for hook in hooks:
                 hook.remove()
+        for each in wanted.values():
+            current_ranks().add_up(each.state())
         yield from ((name, each.result()) for name, each in wanted.items())
         kept.save(f"input-{number + 1}", hidden)
-        kept.forget(f"input-{number}")
+        kept.forget(f"input-{number - 1}")  # another process may not have kept the next one yet
     next(ticks, None)  # ends the bar
     kept.remove()
 
@@ -240,15 +283,6 @@ def streamed_inputs(
 def _sequence_loss(blocks: Blocks, row: Tensor, hidden: Tensor, teacher: Tensor | None) -> Tensor:
     logits = blocks.predict(row, hidden)
     return cross_entropy(logits, row[1:].to(logits.device)) if teacher is None else divergence(logits, teacher)
-
-
-@contextmanager
-def _resident(blocks: Blocks, number: int) -> Iterator[None]:
-    """A block's weights may be in memory while something is done with it, and are not afterwards."""
-    try:
-        yield
-    finally:
-        release(blocks.modules[number])
 
 
 def _ticks(blocks: Blocks, items: int, seq_len: int, label: str, begin: int = 0) -> Iterator[int]:

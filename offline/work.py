@@ -18,6 +18,7 @@ import vllm_requant
 from vllm_requant.format.durable import write_bytes
 
 from .cache import TensorCache
+from .ranks import current_ranks
 from .recipe import Recipe
 
 __all__ = ["WorkError", "WorkFolder", "arguments_of", "default_folder"]
@@ -96,6 +97,22 @@ class WorkFolder:
                 cache = TensorCache(path / _RESULTS, snapshot_every=cache.snapshot_every)
             yield cls(path, cache, json.loads(begun.read_text(encoding="utf-8")))
 
+    @classmethod
+    @contextmanager
+    def open_together(cls, path: Path, arguments: Mapping[str, object], **settings: Any) -> Iterator["WorkFolder"]:
+        """The same for all processes of a conversion, on a file system that all can read; the first one opens it."""
+        ranks = current_ranks()
+        if ranks.first:
+            with cls.open(path, arguments, **settings) as work:
+                ranks.wait()
+                yield work
+        else:
+            ranks.wait()
+            cache: TensorCache = settings["cache"]
+            if not cache.enabled:
+                cache = TensorCache(path / _RESULTS, snapshot_every=cache.snapshot_every)
+            yield cls(path, cache, json.loads((path / _ARGUMENTS).read_text(encoding="utf-8")))
+
     def agree(self, what: str, value: str) -> None:
         """Hold on to a fact that is known later than the arguments; it has to be the same when the work goes on.
 
@@ -105,14 +122,15 @@ class WorkFolder:
         facts = self._arguments.setdefault("facts", {})
         if what in facts and facts[what] != value:
             raise WorkError(f"{self.path}: {what} is not the one that the conversion was begun with; {_ANEW}")
-        if what not in facts:
+        if what not in facts and current_ranks().first:
             facts[what] = value
             write_bytes(self.path / _ARGUMENTS, _json(self._arguments))
 
     def remove(self) -> None:
         """The conversion is complete. The arguments go first: what is left without them is nobody's work."""
-        (self.path / _ARGUMENTS).unlink()
-        shutil.rmtree(self.path)
+        if current_ranks().first:
+            (self.path / _ARGUMENTS).unlink()
+            shutil.rmtree(self.path)
 
 
 _ANEW = "begin anew with --overwrite, or name another --work-dir"

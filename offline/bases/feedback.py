@@ -41,11 +41,11 @@ def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
         raise ValueError("the second moment of the inputs is not finite")
     # a Cholesky factor of the matrix with its columns in reverse is an upper one in the right order
     reverse = hessian.double().flip(0, 1)
-    mean = reverse.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    diagonal = reverse.diagonal().clone()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        lower, failed = torch.linalg.cholesky_ex(
-            reverse + torch.eye(len(reverse), dtype=reverse.dtype, device=reverse.device) * (damping * mean)
-        )
+        reverse.diagonal().copy_(diagonal + damping * mean)  # in place: the matrix may be larger than all else
+        lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed:
             return lower.flip(0, 1)
         if damping >= _MAX_DAMPING:

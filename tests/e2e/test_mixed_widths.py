@@ -60,7 +60,14 @@ def _mixed(lm: CausalLM, base: str, folder: Path) -> None:
         name: QuantizedLayer.build(layer.spec, layer.tensors, weight=weights[name], mask=masks[name])
         for name, layer in dense.items()
     }
-    save(folder, lm, recipe, calibration, Conversion(built, {name: layer.spec for name, layer in built.items()}, {"stages": {}}), overwrite=False)
+    save(
+        folder,
+        lm,
+        recipe,
+        calibration,
+        Conversion(built, {name: layer.spec for name, layer in built.items()}, {"stages": {}}),
+        overwrite=False,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from vllm_requant.offline.models import CausalLM, ModelError, find_layers, load_
 from vllm_requant.offline.pqi import Objective
 from vllm_requant.offline.recipe import Recipe, RecipeError
 from vllm_requant.offline.save import TIMINGS_NAME, convert_and_save
-from vllm_requant.offline.streaming import StreamedObjective
+from vllm_requant.offline.streaming import StreamedObjective, Walk
 
 SMALL = {"num_samples": 6, "seq_len": 24, "nodes": 2, "tune_epochs": 0, "outliers": 0.01, "significant": 0.004}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ def objectives(lm: CausalLM, mapped: CausalLM, folder: Path, **settings: Any) ->
     tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
     whole = Objective(lm.model, find_layers(lm.model), tokens, **settings)
     layers = find_layers(mapped.model)
-    return whole, StreamedObjective(mapped.model, layers, tokens, scratch=folder / "scratch", **settings)
+    return whole, StreamedObjective(mapped.model, layers, tokens, walk=Walk(folder / "scratch"), **settings)
 
 
 @pytest.mark.parametrize("labels", ["text", "model"])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..format import LayerSpec
+    from ..offline.ranks import Ranks
     from ..offline.recipe import Recipe
     from ..offline.work import WorkFolder
 
@@ -117,8 +118,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Convert a model to a ReQuant checkpoint."""
-    set_up_logging()
-    with command_errors():
+    with command_errors(), _joined() as ranks:
         from ..format.writer import check_output
         from ..offline.cache import TensorCache
         from ..offline.calibration import check_dataset
@@ -141,7 +141,7 @@ def command(
             metric=metric,
             outlier_rule=outlier_rule,
             refit=refit,
-            tune_epochs=0 if stream and tune_epochs is None else tune_epochs,  # type: ignore[arg-type]
+            tune_epochs=0 if (stream or ranks.together) and tune_epochs is None else tune_epochs,  # type: ignore[arg-type]
             hessian=hessian,
             quadrature=quadrature,
             nodes=nodes,
@@ -153,7 +153,7 @@ def command(
             seq_len=seq_len,
             seed=seed,
         )
-        if stream:
+        if stream or ranks.together:
             check_stream(model, recipe, place)
         if dtype not in DTYPES:
             raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
@@ -163,7 +163,7 @@ def command(
             from ..offline.run_metrics import RunMetrics, check_metrics_file, recording
 
             check_metrics_file(metrics_file)
-            if not dry_run:
+            if not dry_run and ranks.first:
                 # from here on, so that a run that is refused does not leave the success of the one before
                 metrics = recording(
                     RunMetrics(metrics_file, model=model, output=output, recipe=recipe, device=str(place))
@@ -191,7 +191,7 @@ def command(
                 },
             )
             with (
-                WorkFolder.open(
+                WorkFolder.open_together(
                     work_dir or default_folder(output),
                     arguments,
                     resume=resume,
@@ -214,7 +214,18 @@ def command(
                     low_memory=low_memory,
                     stream=stream,
                 )
-        _show(result, as_json)
+        if ranks.first:
+            _show(result, as_json)
+
+
+@contextmanager
+def _joined() -> Iterator["Ranks"]:
+    """What torchrun starts is one conversion, of which the first process speaks."""
+    from ..offline.ranks import started_ranks
+
+    with started_ranks() as ranks:
+        set_up_logging(quiet=not ranks.first)
+        yield ranks
 
 
 def _convert(
@@ -234,14 +245,16 @@ def _convert(
 ) -> dict[str, Any]:
     from ..offline.mapped import load_mapped
     from ..offline.models import load_causal_lm
+    from ..offline.ranks import current_ranks
     from ..offline.save import convert_and_save
     from ..offline.stages import Stages
 
     started = time.monotonic()
+    ranks = current_ranks()
     log.info("loading %s, on %s", model, device)
     with Stages().stage("load"):
-        if stream:
-            lm = load_mapped(model, work.path / "rounded", revision=revision, dtype=dtype)
+        if stream or ranks.together:
+            lm = load_mapped(model, work.path / "rounded", revision=revision, dtype=dtype, sharded=not stream)
         else:
             lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
     config, conversion = convert_and_save(

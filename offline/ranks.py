@@ -1,0 +1,97 @@
+"""The processes that convert one model together, as torchrun starts them; one process is the usual case.
+
+All of them run the same code and come to the same results; sequences and layers are divided, sums are added up, and
+files are written once, to folders that all can read.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Ranks", "current_ranks", "started_ranks"]
+
+_TIMEOUT = timedelta(days=7)  # one may quantize for hours while the others have nothing to do
+Value = TypeVar("Value")
+
+
+class Ranks:
+    """This process among all.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def together(self) -> bool:
+        return self.size > 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, items: Any) -> Any:
+        """Every size-th item of a sequence or tensor."""
+        return items[self.rank :: self.size]
+
+    def add_up(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sum tensors over all processes, in place."""
+        if self.together:
+            for tensor in tensors.values():
+                dist.all_reduce(tensor)
+
+    def gather(self, value: Value) -> list[Value]:
+        """A small value of every process, in the order of their numbers."""
+        if not self.together:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, value: Callable[[], Value]) -> Value:
+        """What the first process finds; the others do not look."""
+        if not self.together:
+            return value()
+        found: list[Any] = [value() if self.first else None]
+        dist.broadcast_object_list(found, src=0)
+        result: Value = found[0]
+        return result
+
+    def wait(self) -> None:
+        """For all to come here."""
+        if self.together:
+            dist.barrier()
+
+
+_current = Ranks()
+
+
+def current_ranks() -> Ranks:
+    """Those of the block that is running."""
+    return _current
+
+
+@contextmanager
+def started_ranks() -> Iterator[Ranks]:
+    """Join the processes that torchrun has started, for the time of a block; without it there is only this one."""
+    global _current
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield _current
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    _current = Ranks(dist.get_rank(), dist.get_world_size())
+    try:
+        yield _current
+        _current.wait()
+    finally:
+        _current = Ranks()
+        dist.destroy_process_group()
