@@ -87,11 +87,14 @@ def started_ranks() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield _current
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    own = not dist.is_initialized()  # an engine such as Ray Train may have done it
+    if own:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
     _current = Ranks(dist.get_rank(), dist.get_world_size())
     try:
         yield _current
         _current.wait()
     finally:
         _current = Ranks()
-        dist.destroy_process_group()
+        if own:
+            dist.destroy_process_group()

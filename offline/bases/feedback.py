@@ -47,6 +47,7 @@ def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
         reverse.diagonal().copy_(diagonal + damping * mean)  # in place: the matrix may be larger than all else
         lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed:
+            del reverse
             return lower.flip(0, 1)
         if damping >= _MAX_DAMPING:
             raise ValueError(f"the second moment of the inputs is not positive definite at damping {damping:g}")
@@ -57,8 +58,8 @@ def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
 def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     """Upper triangular U with ``UᵀU = (H + λI)⁻¹``, float32; arguments and errors as :func:`upper_factor`."""
     factor = upper_factor(hessian, damping)
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=True).float()
+    inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse).float()
 
 
 def block_feedback(hessian: Tensor, width: int, damping: float = _DAMPING) -> Tensor:

@@ -175,12 +175,12 @@ def test_cached_moments_are_the_computed_ones(setting, tmp_path) -> None:  # typ
     model, layers, quantized, tokens = setting
     cache = TensorCache(tmp_path)
     first, again = (pqi.Objective(model, layers, tokens).integrate(quantized, nodes=2, cache=cache) for _ in range(2))
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(layers)
     other = {**quantized, (name := next(iter(layers))): quantized[name] + 1e-3}
     pqi.Objective(model, layers, tokens).integrate(other, nodes=2, cache=cache)
     pqi.Objective(model, layers, tokens).integrate(quantized, nodes=3, cache=cache)
     pqi.Objective(model, layers, tokens[:2]).integrate(quantized, nodes=2, cache=cache)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4 * len(layers)
     for name in layers:
         assert torch.equal(first.moments.gradient[name], again.moments.gradient[name])
     # a damaged entry is computed anew

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_requant.offline.lazy import Positions
 from vllm_requant.offline.outliers import (
     adaptive_counts,
     largest_magnitude,
@@ -97,20 +98,19 @@ def test_range_rule_removes_what_spans_the_group() -> None:
 def test_detach_spends_the_budget_once_each_and_measures_anew() -> None:
     torch.manual_seed(0)
     scores = [{"a": torch.rand(20, 20), "b": torch.rand(10, 30)} for _ in range(3)]
-    outlier = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores[0].items()}
-    outlier["a"][0, :5] = True
+    outlier = Positions({"a": torch.arange(400).view(20, 20) < 5, "b": torch.zeros(10, 30, dtype=torch.bool)})
     seen = []
 
-    def measure(masks: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
-        seen.append({name: mask.clone() for name, mask in masks.items()})
+    def measure(masks: Positions, number: int) -> dict[str, torch.Tensor]:
+        seen.append(masks)
         return scores[number]
 
     masks = detach_steps(measure, outlier, 100, 3)
-    counts = [sum(int(mask.sum()) for mask in step.values()) for step in [*seen, masks]]
+    counts = [sum(step.counts.values()) for step in [*seen, masks]]
     assert counts == [5, 38, 71, 105]
     assert (masks["a"] | ~outlier["a"]).all()
     # the first round's choice is the top of the first scores over both layers, outliers apart
     flat = torch.cat([scores[0][name].masked_fill(outlier[name], -1).flatten() for name in outlier])
     chosen = torch.cat([(seen[1][name] & ~outlier[name]).flatten() for name in outlier])
     assert flat[chosen].min() >= flat[~chosen].max()
-    assert not outlier["b"].any(), "the caller's masks are not changed"
+    assert not outlier["b"].any(), "the caller's positions are not changed"
