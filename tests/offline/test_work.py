@@ -55,13 +55,11 @@ def stopped(model: Path, tmp_path: Path) -> Path:
     return output
 
 
-def test_an_interrupted_conversion_says_how_to_go_on_and_does(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_interrupted_conversion_says_how_to_go_on_and_does(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     result = convert(model, output, observer=Stopped("significant"))
     assert result.exit_code == 130
-    assert f"kept in {default_folder(output)}; the same command with --resume goes on" in caplog.text
+    assert f"kept in {default_folder(output)}; the same command with --resume goes on" in result.stderr
     assert convert(model, output, "--resume").exit_code == 0
     assert convert(model, tmp_path / "straight").exit_code == 0
     files = [(path / "model.safetensors").read_bytes() for path in (output, tmp_path / "straight")]
@@ -178,14 +176,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_under_the_work(
-    model: Path, tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_under_the_work(model: Path, tmp_path: Path, small_disk: Path) -> None:
     flags = ["--work-dir", str(small_disk / "work")]
     result = convert(model, tmp_path / "out", *flags)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
-    assert str(small_disk) in result.stderr and "--resume goes on" in caplog.text
+    assert str(small_disk) in result.stderr and "--resume goes on" in result.stderr
     assert not (tmp_path / "out").exists()
     assert not list(small_disk.rglob("*.partial"))
     # there is room again

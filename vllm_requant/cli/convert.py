@@ -296,7 +296,7 @@ def _resumable(work: Path) -> Iterator[None]:
         yield
     except BaseException:
         if work.exists():
-            log.warning("what was done is kept in %s; the same command with --resume goes on", work)
+            typer.echo(f"requant: what was done is kept in {work}; the same command with --resume goes on", err=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
