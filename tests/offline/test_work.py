@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ class Stopped(RunObserver):
 
 
 def convert(model: Path, output: Path, *flags: str, observer: RunObserver | None = None) -> Result:
-    with observing(observer or RunObserver()):
+    # what a command sets for its own process, vLLM's bars do not survive
+    with patch.dict(os.environ), observing(observer or RunObserver()):
         return CliRunner().invoke(app, ["convert", str(model), "-o", str(output), *FLAGS, *flags])
 
 
