@@ -62,14 +62,15 @@ class LayerQuantizer:
         """
         if self.lazy or removed is not None:
             precision = dict(self.precision)  # of now; a lazy layer may be asked for later
+            keys: dict[str, str] = {}
 
             def quantized(name: str) -> DenseLayer:
-                return self._cached(name, None if removed is None else removed[name], precision[name])
+                return self._cached(name, None if removed is None else removed[name], precision[name], keys)
 
             return self._tracked(quantized, label)
         missing = [name for name in self.weights if (name, self.precision[name]) not in self._pool]
         for name in track(missing, label, total=len(missing)):
-            self._pool[name, self.precision[name]] = self._cached(name, None, self.precision[name])
+            self._pool[name, self.precision[name]] = self._cached(name, None, self.precision[name], {})
         return {name: self._pool[name, self.precision[name]] for name in self.weights}
 
     def _tracked(self, make: Callable[[str], DenseLayer], label: str) -> Dense:
@@ -83,24 +84,25 @@ class LayerQuantizer:
         current_ranks().wait()
         return LazyMapping(self.weights, make) if self.lazy else made
 
-    def _cached(self, name: str, removed: Tensor | None, precision: Precision) -> DenseLayer:
-        layer, base = self._layer(name), self.recipe.make_base(precision)
+    def _cached(self, name: str, removed: Tensor | None, precision: Precision, keys: dict[str, str]) -> DenseLayer:
+        """A layer, from the cache if it is there; a key that is known is not computed from all that it stands for."""
+        base, shape = self.recipe.make_base(precision), self.weights[name].shape
 
-        def quantize() -> DenseLayer:
+        def key() -> str:
+            if name not in keys:
+                needs = base.needs | (base.refit_needs if self.refit_first else frozenset())
+                given = {} if removed is None else {"removed": removed}
+                keys[name] = _key(base, self._layer(name), needs, given, refit=self.refit_first)
+            return keys[name]
+
+        def quantize() -> dict[str, Tensor]:
+            layer = self._layer(name)
             dense = base.quantize(layer, removed)
-            if not self.refit_first:
-                return dense
-            return base.refit(layer, dense, _no_mask(layer.weight) if removed is None else removed)
+            if self.refit_first:
+                dense = base.refit(layer, dense, _no_mask(layer.weight) if removed is None else removed)
+            return dense.tensors
 
-        needs = base.needs | (base.refit_needs if self.refit_first else frozenset())
-        given = {} if removed is None else {"removed": removed}
-        tensors = self.cache.get(
-            f"quantized/{name}",
-            lambda: _key(base, layer, needs, given, refit=self.refit_first),
-            layer.weight.device,
-            lambda: quantize().tensors,
-        )
-        return DenseLayer(base.spec(*layer.weight.shape[::-1]), tensors)
+        return DenseLayer(base.spec(*shape[::-1]), self.cache.get(f"quantized/{name}", key, self._device, quantize))
 
     def expected_error(self, precision: Precision, label: str) -> dict[str, float]:
         """About the error of every layer at a precision, comparable between precisions of one layer only."""
@@ -122,17 +124,21 @@ class LayerQuantizer:
     def refit(self, dense: Dense, removed: Masks, label: str) -> Dense:
         """Quantize every layer again, now that the sparse part is final."""
 
+        keys: dict[str, str] = {}
+
         def refitted(name: str) -> DenseLayer:
-            base, layer = self._base(name), self._layer(name)
-            tensors = self.cache.get(
-                f"refitted/{name}",
-                lambda: _key(
-                    base, layer, base.needs | base.refit_needs, dense[name].tensors | {"removed": removed[name]}
-                ),
-                layer.weight.device,
-                lambda: base.refit(layer, dense[name], removed[name]).tensors,
-            )
-            return DenseLayer(dense[name].spec, tensors)
+            base, before = self._base(name), dense[name]
+
+            def key() -> str:
+                if name not in keys:
+                    needs, given = base.needs | base.refit_needs, before.tensors | {"removed": removed[name]}
+                    keys[name] = _key(base, self._layer(name), needs, given)
+                return keys[name]
+
+            def refit() -> dict[str, Tensor]:
+                return base.refit(self._layer(name), before, removed[name]).tensors
+
+            return DenseLayer(before.spec, self.cache.get(f"refitted/{name}", key, self._device, refit))
 
         return self._tracked(refitted, label)
 
