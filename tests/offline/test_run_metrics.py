@@ -185,7 +185,7 @@ def test_tokens_are_those_of_the_passes(watched: Watched) -> None:
     for stage, rate in rates.items():
         # the loops are a part of the stage, and most of one that does nothing else
         assert rate > expected[stage] / seconds[stage]
-    assert rates["original_loss"] < 100 * loss / seconds["original_loss"]
+    assert rates["original_loss"] < 10 * loss / seconds["original_loss"]
 
 
 def test_promtool_objects_to_the_unit_of_the_field_alone(watched: Watched) -> None:
