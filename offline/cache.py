@@ -59,9 +59,9 @@ class Snapshot:
         Returns:
             The step that comes next: 0 if nothing was kept.
         """
-        kept = None if self._path is None else _load(self._path, torch.device("cpu"))
-        if kept is None:
+        if self._path is None or not _is_whole(self._path):
             return 0
+        kept = _read(self._path, torch.device("cpu"))
         step = int(kept.pop(_STEP))
         for name, tensor in state.items():
             tensor.copy_(kept[name])
@@ -130,15 +130,15 @@ class TensorCache:
             return compute(Snapshot(None, self.snapshot_every))
         path = self.folder / stage / f"{key()[:32]}.safetensors"
         ranks = current_ranks() if together else Ranks()
-        kept = _load(path, device) if ranks.agree(lambda: _is_whole(path)) else None
-        if kept is None:
-            snapshot = Snapshot(path.with_suffix(".snapshot"), self.snapshot_every)
-            kept = compute(snapshot)
-            if ranks.first:
-                write_safetensors(path, kept)
-            snapshot.forget()
-            ranks.wait()
-        return kept
+        if ranks.agree(lambda: _is_whole(path)):
+            return _read(path, device)
+        snapshot = Snapshot(path.with_suffix(".snapshot"), self.snapshot_every)
+        made = compute(snapshot)
+        if ranks.first:
+            write_safetensors(path, made)
+        snapshot.forget()
+        ranks.wait()
+        return made
 
     def by_layer(
         self,
@@ -149,7 +149,7 @@ class TensorCache:
         compute: Callable[[set[str], Snapshot], Iterable[tuple[str, dict[str, Tensor]]]],
         *,
         lazy: bool = False,
-    ) -> Mapping[str, dict[str, Tensor]]:
+    ) -> Mapping[str, Mapping[str, Tensor]]:
         """Tensors of every layer, a file each.
 
         Args:
@@ -157,7 +157,7 @@ class TensorCache:
             names: of the layers.
             compute: makes the tensors of the layers that are missing, and of others if it has to, in any order; each
                 is on the disk before the next is asked for.
-            lazy: keep nothing in memory, and read a layer whenever it is asked for.
+            lazy: keep nothing in memory, and read a tensor whenever it is asked for.
         """
         if self.folder is None:
             return dict(compute(set(names), Snapshot(None, self.snapshot_every)))
@@ -175,14 +175,9 @@ class TensorCache:
                     made[name] = tensors
             snapshot.forget()
             ranks.wait()
-
-        def read(name: str) -> dict[str, Tensor]:
-            tensors = _load(paths[name], device)
-            if tensors is None:
-                raise OSError(f"{paths[name]} is damaged: delete it, and go on with --resume")
-            return tensors
-
-        return LazyMapping(names, read) if lazy else {name: made.get(name) or read(name) for name in names}
+        if lazy:
+            return LazyMapping(names, lambda name: _lazily(paths[name], device))
+        return {name: made.get(name) or _read(path, device) for name, path in paths.items()}
 
     def number(
         self, stage: str, key: Callable[[], str], compute: Callable[[], float], *, together: bool = False
@@ -208,15 +203,21 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _load(path: Path, device: torch.device) -> dict[str, Tensor] | None:
-    """The tensors of a file, in memory of their own; None if there is none that can be read."""
-    if not path.is_file():
-        return None
-    try:
-        tensors = load_file(path, device=str(device))
-    except SafetensorError:
-        log.warning("%s is damaged and will be computed anew", path)
-        return None
+def _read(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a whole file."""
     log.debug("taken from the cache: %s", path)
+    return {name: _own(tensor) for name, tensor in load_file(path, device=str(device)).items()}
+
+
+def _lazily(path: Path, device: torch.device) -> Mapping[str, Tensor]:
+    """The same, each read whenever it is asked for."""
+    try:
+        file = safe_open(path, framework="pt", device=str(device))
+    except SafetensorError:
+        raise OSError(f"{path} is damaged: delete it, and go on with --resume") from None
+    return LazyMapping(file.keys(), lambda name: _own(file.get_tensor(name)))
+
+
+def _own(tensor: Tensor) -> Tensor:
     # a mapped file's tensors begin anywhere, and the last bit of a matrix product depends on where its operands do
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensor.clone()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cross_entropy", "divergence"]
+__all__ = ["cross_entropy", "divergence", "sequence_loss"]
 
 _VALUES_AT_ONCE = 1 << 19  # on a CPU: what a core's cache holds
 _VALUES_AT_ONCE_ELSEWHERE = 1 << 26
@@ -42,6 +42,17 @@ def divergence(logits: Tensor, reference: Tensor) -> Tensor:
     """
     loss: Tensor = _MeanLoss.apply(logits, reference)
     return loss
+
+
+def sequence_loss(logits: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
+    """The loss of a sequence's predictions: from the text, or from a reference if there is one.
+
+    Args:
+        logits: ``[seq_len − 1, vocabulary]``, for all but the first token.
+        tokens: int64 ``[seq_len]``, on any device.
+        reference: logits of the reference, or None.
+    """
+    return cross_entropy(logits, tokens[1:].to(logits.device)) if reference is None else divergence(logits, reference)
 
 
 class _MeanLoss(torch.autograd.Function):

@@ -19,9 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vllm_requant.format.durable import write_safetensors
-from vllm_requant.format.experts import model_name, separate_experts
+from vllm_requant.format.experts import model_name
 
-from .models import CausalLM, ModelError, SourceFiles, load_config, load_tokenizer, store_matrices, target_dtype
+from .models import (
+    CausalLM,
+    ModelError,
+    SourceFiles,
+    load_config,
+    load_tokenizer,
+    model_of,
+    store_matrices,
+    target_dtype,
+)
 
 __all__ = ["load_mapped", "map_tensors", "release"]
 
@@ -147,14 +156,10 @@ def _download(source: str, revision: str | None) -> Path:
 
 def _without_weights(source: str, config: Any) -> Any:
     """The model with its buffers, which are computed, and parameters on "meta"."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     with _parameters_on_meta():
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
-            raise ModelError(f"{source}: not a causal language model: {str(error).splitlines()[0]}") from error
-    separate_experts(model)
+        model: Any = model_of(config, source)
     if (Path(source) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     for name, buffer in model.named_buffers():

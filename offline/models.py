@@ -33,6 +33,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "model_config",
+    "model_of",
     "other_tensors",
     "other_weights",
     "resolve_source",
@@ -173,14 +174,22 @@ def skeleton(source: str, *, revision: str | None = None) -> nn.Module:
     Raises:
         ModelError: nothing there, or not a causal language model.
     """
+    with torch.device("meta"):
+        return model_of(load_config(source, revision=revision), source)
+
+
+def model_of(config: Any, source: str) -> nn.Module:
+    """A model that a configuration describes, experts as modules of their own, where the block around puts it.
+
+    Raises:
+        ModelError: it describes no causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(source, revision=revision)
-    with torch.device("meta"):
-        try:
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
-            raise ModelError(f"{source}: not a causal language model: {str(error).splitlines()[0]}") from error
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{source}: not a causal language model: {str(error).splitlines()[0]}") from error
     separate_experts(model)
     return model
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LayerMoments", "LayerSums", "MovingLayer", "Observer", "moving_layers"]
+__all__ = ["LayerMoments", "LayerSums", "MovingLayer", "Observer", "adding_inputs", "moving_layers"]
 
 Observer = Callable[[Tensor, Tensor], None]
 """``(x [tokens, in_features], gradient of the output [tokens, out_features])``, in the precision of the pass"""
@@ -134,6 +134,20 @@ class _MovingLinear(torch.autograd.Function):
         layer.collect(grad_output, x)
         grad_input = grad_output @ layer.weight(grad_output.dtype) if ctx.needs_input_grad[0] else None
         return grad_input, None, None, None
+
+
+@contextmanager
+def adding_inputs(layers: Mapping[str, nn.Linear], sums: Mapping[str, Any]) -> Iterator[None]:
+    """Let some layers' sums see the inputs of every pass through them, ``add(x [tokens, in_features])``."""
+    hooks = [
+        layers[name].register_forward_pre_hook(lambda _, inputs, m=each: m.add(inputs[0].flatten(0, -2)))
+        for name, each in sums.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

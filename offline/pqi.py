@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .cache import Snapshot, TensorCache, fingerprint
 from .lazy import LazyMapping
-from .losses import cross_entropy, divergence
+from .losses import divergence, sequence_loss
 from .models import computing_in
 from .path import LayerMoments, LayerSums, MovingLayer, moving_layers
 from .progress import track
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 LABELS = ("text", "model")
-Kept = Mapping[str, dict[str, Tensor]]
+Kept = Mapping[str, Mapping[str, Tensor]]
 """Tensors of every layer, by what they are"""
 QUADRATURES = ("gauss", "midpoint", "uniform")
 _KEPT_BYTES = 2**30  # of the original's predictions, which every loss and every walk of a path asks for
@@ -342,9 +342,7 @@ class Objective:
 
     def _sequence_loss(self, tokens: Tensor, teacher: Tensor | None) -> Tensor:
         """F of one sequence, int64 ``[seq_len]``."""
-        if teacher is None:
-            return cross_entropy(self._predict(tokens), tokens[1:].to(self.device))
-        return self.divergence(tokens, teacher)
+        return sequence_loss(self._predict(tokens), tokens, teacher)
 
     @contextmanager
     def _training(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """A model's layers and what is known about them, quantized by one base at the precision of each."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -60,17 +61,12 @@ class LayerQuantizer:
                 from memory the next time.
             label: for the progress bar.
         """
+        quantized = self._quantized(removed)
         if self.lazy or removed is not None:
-            precision = dict(self.precision)  # of now; a lazy layer may be asked for later
-            keys: dict[str, str] = {}
-
-            def quantized(name: str) -> DenseLayer:
-                return self._cached(name, None if removed is None else removed[name], precision[name], keys)
-
             return self._tracked(quantized, label)
         missing = [name for name in self.weights if (name, self.precision[name]) not in self._pool]
         for name in track(missing, label, total=len(missing)):
-            self._pool[name, self.precision[name]] = self._cached(name, None, self.precision[name], {})
+            self._pool[name, self.precision[name]] = quantized(name)
         return {name: self._pool[name, self.precision[name]] for name in self.weights}
 
     def _tracked(self, make: Callable[[str], DenseLayer], label: str) -> Dense:
@@ -84,25 +80,30 @@ class LayerQuantizer:
         current_ranks().wait()
         return LazyMapping(self.weights, make) if self.lazy else made
 
-    def _cached(self, name: str, removed: Tensor | None, precision: Precision, keys: dict[str, str]) -> DenseLayer:
-        """A layer, from the cache if it is there; a key that is known is not computed from all that it stands for."""
-        base, shape = self.recipe.make_base(precision), self.weights[name].shape
+    def _quantized(self, removed: Masks | None) -> Callable[[str], DenseLayer]:
+        """What quantizes a layer, or takes it from the cache, at the precision that it has now."""
+        bases = {name: self._base(name) for name in self.weights}  # a lazy layer may be asked for later
 
-        def key() -> str:
-            if name not in keys:
-                needs = base.needs | (base.refit_needs if self.refit_first else frozenset())
-                given = {} if removed is None else {"removed": removed}
-                keys[name] = _key(base, self._layer(name), needs, given, refit=self.refit_first)
-            return keys[name]
+        @functools.cache  # of all that it stands for a key is computed once
+        def key(name: str) -> str:
+            base = bases[name]
+            needs = base.needs | (base.refit_needs if self.refit_first else frozenset())
+            given = {} if removed is None else {"removed": removed[name]}
+            return _key(base, self._layer(name), needs, given, refit=self.refit_first)
 
-        def quantize() -> dict[str, Tensor]:
-            layer = self._layer(name)
-            dense = base.quantize(layer, removed)
+        def compute(name: str) -> dict[str, Tensor]:
+            base, layer = bases[name], self._layer(name)
+            mask = None if removed is None else removed[name]
+            dense = base.quantize(layer, mask)
             if self.refit_first:
-                dense = base.refit(layer, dense, _no_mask(layer.weight) if removed is None else removed)
+                dense = base.refit(layer, dense, _no_mask(layer.weight) if mask is None else mask)
             return dense.tensors
 
-        return DenseLayer(base.spec(*shape[::-1]), self.cache.get(f"quantized/{name}", key, self._device, quantize))
+        def quantized(name: str) -> DenseLayer:
+            tensors = self.cache.get(f"quantized/{name}", lambda: key(name), self._device, lambda: compute(name))
+            return DenseLayer(bases[name].spec(*self.weights[name].shape[::-1]), tensors)
+
+        return quantized
 
     def expected_error(self, precision: Precision, label: str) -> dict[str, float]:
         """About the error of every layer at a precision, comparable between precisions of one layer only."""
@@ -124,21 +125,19 @@ class LayerQuantizer:
     def refit(self, dense: Dense, removed: Masks, label: str) -> Dense:
         """Quantize every layer again, now that the sparse part is final."""
 
-        keys: dict[str, str] = {}
+        bases = {name: self._base(name) for name in self.weights}
+
+        @functools.cache
+        def key(name: str) -> str:
+            base, given = bases[name], dense[name].tensors | {"removed": removed[name]}
+            return _key(base, self._layer(name), base.needs | base.refit_needs, given)
+
+        def compute(name: str) -> dict[str, Tensor]:
+            return bases[name].refit(self._layer(name), dense[name], removed[name]).tensors
 
         def refitted(name: str) -> DenseLayer:
-            base, before = self._base(name), dense[name]
-
-            def key() -> str:
-                if name not in keys:
-                    needs, given = base.needs | base.refit_needs, before.tensors | {"removed": removed[name]}
-                    keys[name] = _key(base, self._layer(name), needs, given)
-                return keys[name]
-
-            def refit() -> dict[str, Tensor]:
-                return base.refit(self._layer(name), before, removed[name]).tensors
-
-            return DenseLayer(before.spec, self.cache.get(f"refitted/{name}", key, self._device, refit))
+            tensors = self.cache.get(f"refitted/{name}", lambda: key(name), self._device, lambda: compute(name))
+            return DenseLayer(dense[name].spec, tensors)
 
         return self._tracked(refitted, label)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .cache import Snapshot, TensorCache, fingerprint
 from .lazy import LazyMapping, each
 from .models import computing_in
+from .path import adding_inputs
 from .pqi import GradientMoments, Kept, Objective
 from .progress import track
 from .streaming import Walk, streamed_inputs
@@ -204,21 +205,13 @@ def _collect(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     device = next(model.parameters()).device
     moments = {name: make() for name, make in sums.items()}
-    hooks = [
-        layers[name].register_forward_pre_hook(lambda _, inputs, m=moment: m.add(inputs[0].flatten(0, -2)))
-        for name, moment in moments.items()
-    ]
-    try:
-        state = {f"{part}.{name}": t for name, moment in moments.items() for part, t in moment.state().items()}
-        first = snapshot.restore(state)
-        with computing_in(compute, device):
-            rest = track(tokens[first:], label, total=len(tokens) - first, tokens_per_item=tokens.shape[1])
-            for number, row in enumerate(rest, start=first):
-                model.base_model(row[None].to(device), use_cache=False)  # no head: nobody looks at predictions
-                snapshot.offer(number + 1, state)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    state = {f"{part}.{name}": t for name, moment in moments.items() for part, t in moment.state().items()}
+    first = snapshot.restore(state)
+    with adding_inputs(layers, moments), computing_in(compute, device):
+        rest = track(tokens[first:], label, total=len(tokens) - first, tokens_per_item=tokens.shape[1])
+        for number, row in enumerate(rest, start=first):
+            model.base_model(row[None].to(device), use_cache=False)  # no head: nobody looks at predictions
+            snapshot.offer(number + 1, state)
     yield from ((name, moment.result()) for name, moment in moments.items())
 
 

@@ -22,8 +22,8 @@ from vllm_requant.format.durable import write_safetensors
 
 from .blocks import Blocks
 from .cache import Snapshot
-from .losses import cross_entropy, divergence
-from .path import LayerMoments, LayerSums, moving_layers
+from .losses import sequence_loss
+from .path import LayerMoments, LayerSums, adding_inputs, moving_layers
 from .pqi import Objective
 from .progress import track
 from .ranks import current_ranks
@@ -118,7 +118,7 @@ class StreamedObjective(Objective):
         losses = []
         for number, (row, hidden) in enumerate(zip(self._rows, self._last(blocks, weights, label), strict=True)):
             teacher = None if teachers is None else blocks.predict(row, teachers[number])
-            losses.append(float(_sequence_loss(blocks, row, hidden, teacher)))
+            losses.append(float(sequence_loss(blocks.predict(row, hidden), row, teacher)))
         return float(np.mean([loss for own in current_ranks().gather(losses) for loss in own]))
 
     @torch.no_grad()
@@ -223,7 +223,7 @@ class StreamedObjective(Objective):
                 with torch.no_grad():
                     teacher = None if teachers is None else blocks.predict(row, teachers[item // len(path)])
                 hidden.requires_grad_(True)
-                _sequence_loss(blocks, row, hidden, teacher).backward()
+                sequence_loss(blocks.predict(row, hidden), row, teacher).backward()
                 assert hidden.grad is not None
                 gradients.append(hidden.grad)
             kept.save(place, gradients)
@@ -259,18 +259,10 @@ def streamed_inputs(
     ticks = _ticks(blocks, len(rows), tokens.shape[1], label, begin)
     for number in range(begin, len(blocks)):
         wanted = {name: sums[name]() for name in blocks.layers[number] if name in sums and name in missing}
-        hooks = [
-            layers[name].register_forward_pre_hook(lambda _, inputs, m=each: m.add(inputs[0].flatten(0, -2)))
-            for name, each in wanted.items()
-        ]
-        try:
-            with blocks.resident(number):
-                for item in range(len(hidden)):
-                    next(ticks)
-                    hidden[item] = blocks.run(number, hidden[item])
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with blocks.resident(number), adding_inputs(layers, wanted):
+            for item in range(len(hidden)):
+                next(ticks)
+                hidden[item] = blocks.run(number, hidden[item])
         for each in wanted.values():
             current_ranks().add_up(each.state())
         yield from ((name, each.result()) for name, each in wanted.items())
@@ -278,11 +270,6 @@ def streamed_inputs(
         kept.forget(f"input-{number - 1}")  # another process may not have kept the next one yet
     next(ticks, None)  # ends the bar
     kept.remove()
-
-
-def _sequence_loss(blocks: Blocks, row: Tensor, hidden: Tensor, teacher: Tensor | None) -> Tensor:
-    logits = blocks.predict(row, hidden)
-    return cross_entropy(logits, row[1:].to(logits.device)) if teacher is None else divergence(logits, teacher)
 
 
 def _ticks(blocks: Blocks, items: int, seq_len: int, label: str, begin: int = 0) -> Iterator[int]:

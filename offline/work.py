@@ -5,7 +5,6 @@ when the checkpoint is complete.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -93,9 +92,7 @@ class WorkFolder:
                     )
                 shutil.rmtree(path / _RESULTS, ignore_errors=True)
                 write_bytes(begun, _json(content))
-            if not cache.enabled:
-                cache = TensorCache(path / _RESULTS, snapshot_every=cache.snapshot_every)
-            yield cls(path, cache, json.loads(begun.read_text(encoding="utf-8")))
+            yield cls._of(path, cache)
 
     @classmethod
     @contextmanager
@@ -108,10 +105,14 @@ class WorkFolder:
                 yield work
         else:
             ranks.wait()
-            cache: TensorCache = settings["cache"]
-            if not cache.enabled:
-                cache = TensorCache(path / _RESULTS, snapshot_every=cache.snapshot_every)
-            yield cls(path, cache, json.loads((path / _ARGUMENTS).read_text(encoding="utf-8")))
+            yield cls._of(path, settings["cache"])
+
+    @classmethod
+    def _of(cls, path: Path, cache: TensorCache) -> "WorkFolder":
+        """A folder that was begun."""
+        if not cache.enabled:
+            cache = TensorCache(path / _RESULTS, snapshot_every=cache.snapshot_every)
+        return cls(path, cache, json.loads((path / _ARGUMENTS).read_text(encoding="utf-8")))
 
     def agree(self, what: str, value: str) -> None:
         """Hold on to a fact that is known later than the arguments; it has to be the same when the work goes on.
@@ -164,12 +165,6 @@ def _locked(path: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -128,6 +128,7 @@ def command(
         from ..offline.work import WorkFolder, arguments_of, default_folder
 
         place = find_device(device)
+        mapped = stream or ranks.together  # weights stay in their files
         recipe = Recipe(
             base=base,
             bits=bits,
@@ -141,7 +142,7 @@ def command(
             metric=metric,
             outlier_rule=outlier_rule,
             refit=refit,
-            tune_epochs=0 if (stream or ranks.together) and tune_epochs is None else tune_epochs,  # type: ignore[arg-type]
+            tune_epochs=0 if mapped and tune_epochs is None else tune_epochs,  # type: ignore[arg-type]
             hessian=hessian,
             quadrature=quadrature,
             nodes=nodes,
@@ -153,7 +154,7 @@ def command(
             seq_len=seq_len,
             seed=seed,
         )
-        if stream or ranks.together:
+        if mapped:
             check_stream(model, recipe, place)
         if dtype not in DTYPES:
             raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
@@ -212,7 +213,8 @@ def command(
                     max_shard_size=max_shard_size,
                     device=place,
                     low_memory=low_memory,
-                    stream=stream,
+                    mapped=mapped,
+                    sharded=mapped and not stream,
                 )
         if ranks.first:
             _show(result, as_json)
@@ -241,20 +243,19 @@ def _convert(
     max_shard_size: str,
     device: "torch.device",
     low_memory: bool,
-    stream: bool,
+    mapped: bool,
+    sharded: bool,
 ) -> dict[str, Any]:
     from ..offline.mapped import load_mapped
     from ..offline.models import load_causal_lm
-    from ..offline.ranks import current_ranks
     from ..offline.save import convert_and_save
     from ..offline.stages import Stages
 
     started = time.monotonic()
-    ranks = current_ranks()
     log.info("loading %s, on %s", model, device)
     with Stages().stage("load"):
-        if stream or ranks.together:
-            lm = load_mapped(model, work.path / "rounded", revision=revision, dtype=dtype, sharded=not stream)
+        if mapped:
+            lm = load_mapped(model, work.path / "rounded", revision=revision, dtype=dtype, sharded=sharded)
         else:
             lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
     config, conversion = convert_and_save(

@@ -46,7 +46,7 @@ def check_architecture(checkpoint: Checkpoint) -> None:
     model = model_without_weights(checkpoint)
     config = model.config
     wanted = model.state_dict()
-    tied = {target: source for target, source in getattr(model, "all_tied_weights_keys", {}).items()}
+    tied = getattr(model, "all_tied_weights_keys", {})
     held: set[str] = set()
 
     def refuse(reason: str, name: str) -> ReQuantFormatError:
@@ -55,9 +55,10 @@ def check_architecture(checkpoint: Checkpoint) -> None:
 
     for name, spec in checkpoint.config.layers.items():
         module = _submodule(model, model_name(config, name))
+        if module is None:
+            raise refuse("the model has no such module", name)
         if not isinstance(module, nn.Linear | nn.Embedding):
-            what = f"is a {type(module).__name__} of the model and" if module is not None else "the model has no such"
-            raise refuse(f"{what} cannot be quantized" if module is not None else f"{what} module", name)
+            raise refuse(f"is a {type(module).__name__} of the model and cannot be quantized", name)
         if spec.kind == "trellis" and isinstance(module, nn.Embedding):
             raise refuse("an embedding cannot be of the trellis kind, whose rows are mixed", name)
         stored, have = [spec.out_features, spec.in_features], list(module.weight.shape)

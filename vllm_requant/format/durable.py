@@ -13,17 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
+from .schema import SAFETENSORS_DTYPES
 
 __all__ = ["filling_safetensors", "sync_file", "sync_folder", "write_bytes", "write_safetensors"]
+
+# types of a checkpoint: those of its layers, and those that other tensors may have
+_NAMES = SAFETENSORS_DTYPES | {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
