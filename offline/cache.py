@@ -7,8 +7,9 @@ included, so a stale entry cannot be taken for a valid one.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from vllm_requant.format.durable import write_safetensors
 
+from . import incidents
+from .incidents import Incident
 from .lazy import LazyMapping
 from .ranks import Ranks, current_ranks
 
@@ -25,6 +28,7 @@ __all__ = ["Snapshot", "TensorCache", "fingerprint"]
 log = logging.getLogger(__name__)
 _SNAPSHOT_SECONDS = 600.0
 _STEP = "step"
+_INCIDENTS = "incidents"  # in the metadata of a file: what was met when it was made
 
 
 def fingerprint(*tensors: Tensor | Mapping[str, Tensor], **settings: object) -> str:
@@ -59,7 +63,7 @@ class Snapshot:
         Returns:
             The step that comes next: 0 if nothing was kept.
         """
-        if self._path is None or not _is_whole(self._path):
+        if self._path is None or _met(self._path) is None:
             return 0
         kept = _read(self._path, torch.device("cpu"))
         step = int(kept.pop(_STEP))
@@ -130,12 +134,15 @@ class TensorCache:
             return compute(Snapshot(None, self.snapshot_every))
         path = self.folder / stage / f"{key()[:32]}.safetensors"
         ranks = current_ranks() if together else Ranks()
-        if ranks.agree(lambda: _is_whole(path)):
+        met = ranks.agree(lambda: _met(path))
+        if met is not None:
+            incidents.remember(met)
             return _read(path, device)
         snapshot = Snapshot(path.with_suffix(".snapshot"), self.snapshot_every)
-        made = compute(snapshot)
+        with incidents.collecting() as found:
+            made = compute(snapshot)
         if ranks.first:
-            write_safetensors(path, made)
+            _write(path, made, found)
         snapshot.forget()
         ranks.wait()
         return made
@@ -164,13 +171,16 @@ class TensorCache:
         ending = f"{key()[:32]}.safetensors"
         paths = {name: self.folder / stage / name / ending for name in names}
         ranks = current_ranks()
-        missing = ranks.agree(lambda: {name for name, path in paths.items() if not _is_whole(path)})
+        met = ranks.agree(lambda: {name: _met(path) for name, path in paths.items()})
+        for known in met.values():
+            incidents.remember(known or ())
+        missing = {name for name, known in met.items() if known is None}
         made = {}
         if missing:
             snapshot = Snapshot(self.folder / stage / Path(ending).with_suffix(".snapshot"), self.snapshot_every)
-            for name, tensors in compute(missing, snapshot):
+            for (name, tensors), found in _with_incidents(compute(missing, snapshot)):
                 if ranks.first:
-                    write_safetensors(paths[name], tensors)
+                    _write(paths[name], tensors, found)
                 if not lazy:
                     made[name] = tensors
             snapshot.forget()
@@ -191,16 +201,36 @@ class TensorCache:
         return float(self.resume(stage, key, cpu, lambda _: tensor(), together=together)["value"])
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether there is a file as long as its header says."""
+def _met(path: Path) -> list[Incident] | None:
+    """The incidents that a file knows of; None if there is no file as long as its header says."""
     if not path.is_file():
-        return False
+        return None
     try:
-        with safe_open(path, framework="pt"):
-            return True
+        with safe_open(path, framework="pt") as file:
+            return incidents.from_json((file.metadata() or {}).get(_INCIDENTS, "[]"))
     except SafetensorError:
         log.warning("%s is damaged and will be computed anew", path)
-        return False
+        return None
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], found: set[Incident]) -> None:
+    write_safetensors(path, tensors, {_INCIDENTS: incidents.to_json(found)} if found else None)
+    incidents.remember(found)
+
+
+Item = TypeVar("Item")
+
+
+def _with_incidents(items: Iterable[Item]) -> Iterator[tuple[Item, set[Incident]]]:
+    """Items, and what was met when each was made."""
+    rest = iter(items)
+    while True:
+        # not around the yield: whoever takes an item would be listened to as well
+        with incidents.collecting() as found:
+            item = next(rest, None)
+        if item is None:
+            return
+        yield item, found
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Tensor]:

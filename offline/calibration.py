@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import Snapshot, TensorCache, fingerprint
+from .objections import ObjectionError
 from .progress import track
 from .stages import Stages
 
@@ -22,7 +23,7 @@ SELF = "self"
 _GENERATION_BATCH = 16
 
 
-class CalibrationError(ValueError):
+class CalibrationError(ObjectionError):
     """The calibration text cannot be read or is too short."""
 
 
@@ -194,6 +195,8 @@ def _sample_batch(model: Any, tokens: Tensor, seq_len: int, generator: torch.Gen
         cache = output.past_key_values
         # the draw is on the CPU in float64: the same on every device up to the logits themselves
         probability = torch.softmax(output.logits[:, -1].double().cpu(), dim=-1)
+        # a model may overflow on what it wrote: the loss of that sequence will say so, and it will be left out
+        probability[~probability.isfinite().all(1)] = 1.0
         step = torch.multinomial(probability, 1, generator=generator).to(tokens.device)
         tokens = torch.cat([tokens, step], dim=1)
     return tokens[:, :seq_len]

@@ -1,6 +1,7 @@
 """What a conversion measures on the calibration set: losses, path integrals, scores; and the record of them."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import incidents
 from .cache import TensorCache
 from .lazy import LazyMapping, each
 from .metrics import METRICS, Sensitivity
@@ -47,9 +49,13 @@ class Measurements:
         self._generator = torch.Generator().manual_seed(self.recipe.seed)
 
     def loss(self, restored: Mapping[str, Tensor], label: str) -> float:
-        """F at quantized weights w̃, by layer."""
+        """F at quantized weights w̃, by layer; infinite if the model overflows there."""
         assert self.objective is not None
-        return self.objective.loss(restored, cache=self.cache, label=f"loss, {label}")
+        loss = self.objective.loss(restored, cache=self.cache, label=f"loss, {label}")
+        if math.isfinite(loss):
+            return loss
+        incidents.note("the loss at quantized weights is not finite", "it counts as infinite", where=label)
+        return math.inf
 
     def integrate(self, restored: Mapping[str, Tensor], label: str) -> PathIntegral:
         """Integrate from w to w̃, and hold the predicted ΔF against the actual one."""
@@ -66,7 +72,7 @@ class Measurements:
         loss = self.loss(restored, label)
         share = integral.predicted()
         predicted, actual = sum(share.values()), loss - self.loss_original
-        error = abs(predicted - actual) / abs(actual) if actual else float("nan")
+        error = abs(predicted - actual) / abs(actual) if actual else math.nan
         log.info(
             "integral, %s: ΔF predicted %.5f, actual %.5f, relative error %.3f %%",
             label,

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vllm_requant.format.experts import MIXTURES, separate_experts, stored_name
+from vllm_requant.format.sparse import all_finite
 from vllm_requant.kernels.cpu import multiplies_bfloat16
+
+from .objections import ObjectionError, by_reason
+from .ranks import current_ranks
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -24,6 +28,7 @@ __all__ = [
     "CausalLM",
     "ModelError",
     "SourceFiles",
+    "check_finite",
     "computing_in",
     "decoder_blocks",
     "fastest_compute",
@@ -45,11 +50,12 @@ __all__ = [
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPES = ("auto", "bfloat16", "float16")
 _CAST_AT_ONCE = 1 << 25  # elements of a large matrix, such as the head of a large vocabulary
+_NOT_LINEAR = "Conv1D, or experts of an architecture that is unknown here): this architecture is not supported yet"
 _MODEL_FILES = ("*.safetensors", "*.json")
 log = logging.getLogger(__name__)
 
 
-class ModelError(ValueError):
+class ModelError(ObjectionError):
     """The model cannot be loaded or is not one that the converter supports."""
 
 
@@ -238,6 +244,22 @@ def load_causal_lm(
     return CausalLM(model, tokenizer, target, source, commit, files)
 
 
+def check_finite(lm: CausalLM) -> None:
+    """Refuse a model with NaN or infinite values, of which nothing finite could be computed.
+
+    Raises:
+        ModelError: a tensor holds one.
+    """
+    bad = current_ranks().agree(
+        lambda: next((name for name, tensor in lm.model.state_dict().items() if not all_finite(tensor)), None)
+    )
+    if bad is not None:
+        raise ModelError(
+            f"{lm.source}: {bad} holds values that are not finite in {str(lm.dtype).removeprefix('torch.')}: the file "
+            "is damaged, or the model needs --dtype bfloat16"
+        )
+
+
 def target_dtype(dtype: str, stored: torch.dtype) -> torch.dtype:
     """The 16-bit type that is the reference, for a key of ``DTYPES`` and the type that files have."""
     if dtype != "auto":
@@ -358,12 +380,13 @@ def find_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
     known = {id(module.weight) for module in layers.values()}
     known |= {id(parameter) for name, parameter in blocks.named_parameters() if name.rpartition(".")[0] in routers}
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in known:
-            raise ModelError(
-                f"{prefix}.{name} {list(parameter.shape)} is a weight but not an nn.Linear "
-                "(Conv1D, or experts of an architecture that is unknown here): this architecture is not supported yet"
-            )
+    others = [
+        (f"{prefix}.{name}", f"{list(parameter.shape)} is a weight but not an nn.Linear ({_NOT_LINEAR}")
+        for name, parameter in blocks.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in known
+    ]
+    if others:
+        raise ModelError(*by_reason(others))
     if not layers:
         raise ModelError(f"{type(model).__name__}: the decoder blocks hold no nn.Linear")
     return layers

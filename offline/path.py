@@ -12,7 +12,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LayerMoments", "LayerSums", "MovingLayer", "Observer", "adding_inputs", "moving_layers"]
+from vllm_requant.format.sparse import all_finite
+
+from . import incidents
+
+__all__ = [
+    "NOT_FINITE",
+    "LayerMoments",
+    "LayerSums",
+    "MovingLayer",
+    "Observer",
+    "adding_inputs",
+    "moving_layers",
+    "results",
+]
+
+NOT_FINITE = "what calibration adds up is not finite"
 
 Observer = Callable[[Tensor, Tensor], None]
 """``(x [tokens, in_features], gradient of the output [tokens, out_features])``, in the precision of the pass"""
@@ -113,10 +128,22 @@ class LayerMoments:
 
     def result(self) -> dict[str, Tensor]:
         """Float32 "gradient", "square" if it was asked for, and what the other sums come to."""
+        if not all(map(all_finite, self._moments().values())):
+            incidents.note(NOT_FINITE, "its gradients count as zero")
+            for tensor in self._moments().values():
+                tensor.zero_()
         return self._moments() | ({} if self._sums is None else self._sums.result())
 
     def _moments(self) -> dict[str, Tensor]:
         return {"gradient": self.gradient} | ({} if self.square is None else {"square": self.square})
+
+
+def results(sums: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """What sums of each layer come to, by ``result()``."""
+    for name, each in sums.items():
+        with incidents.about(name):
+            made = each.result()
+        yield name, made
 
 
 class _MovingLinear(torch.autograd.Function):

@@ -10,10 +10,11 @@ is our own choice. Nothing here touches files.
 
 import functools
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,18 @@ from vllm_requant.format import LayerSpec, QuantizedLayer
 from vllm_requant.format.durable import write_safetensors
 from vllm_requant.format.experts import routed_share
 
+from . import incidents
 from .bases import Awq, LayerData, Need, Rtn, relative_error
-from .budget import BudgetSearch, layer_sizes
+from .budget import BudgetSearch
 from .cache import TensorCache, fingerprint
+from .calibration import CalibrationError
 from .folding import Fold, apply_fold, find_folds
 from .lazy import each
 from .mapped import map_tensors
 from .measurements import Measurements
-from .models import CausalLM, ModelError, find_layers, head_module, other_weights
+from .models import CausalLM, find_layers, head_module
+from .path import NOT_FINITE
+from .plan import check_stream, with_target
 from .pqi import GradientMoments, Objective
 from .progress import track
 from .quantizer import Dense, LayerQuantizer, Masks
@@ -41,10 +46,11 @@ from .statistics import InputStatistics, guided_statistics, input_statistics
 from .streaming import StreamedObjective, Walk
 from .tuning import norm_weights, tune
 
-__all__ = ["Conversion", "check_stream", "convert", "plan"]
+__all__ = ["Conversion", "convert"]
 
 log = logging.getLogger(__name__)
 _TOKENS_PER_FEATURE = 4
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -56,83 +62,13 @@ class Conversion:
             the model is larger than memory.
         specs: of the layers.
         report: what was measured on the way; becomes ``requant_report.json``.
+        incidents: numerical trouble that was met, by kind; becomes part of the provenance.
     """
 
     layers: Mapping[str, QuantizedLayer]
     specs: dict[str, LayerSpec]
     report: dict[str, Any]
-
-
-def check_stream(source: str, recipe: Recipe, device: torch.device) -> None:
-    """Refuse what cannot be done with a model that stays in its files, before anything expensive.
-
-    Raises:
-        RecipeError: one of the choices, or the source, needs the whole model in memory.
-    """
-    if source.lower().endswith(".gguf"):
-        raise RecipeError(f"--stream: {source} has to be expanded in memory first; give a folder of safetensors files")
-    if recipe.tune_epochs:
-        raise RecipeError("--stream: tuning needs the whole model in memory; leave --tune-epochs out or at 0")
-    if device.type != "cpu":
-        raise RecipeError("--stream: works on the CPU only; add --device cpu, or --low-memory for a GPU")
-
-
-def plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerSpec]:
-    """Specs of all layers that a conversion would write, sparse elements spread evenly; the model may be on "meta".
-
-    With a target the precisions are not known before anything is measured; a typical one stands for them.
-
-    Raises:
-        ModelError: the architecture is not supported.
-        RecipeError: the target is smaller than anything that the base can do with this model.
-    """
-    recipe = _with_target(model, recipe)
-    base = recipe.make_base()
-    if base.folds:
-        list(find_folds(model))  # refuses an architecture that it knows nothing about
-    share = recipe.outliers + (recipe.significant or 0.0)
-    layers = find_layers(model)
-    specs: dict[str, LayerSpec] = {}
-    for name, layer in layers.items():
-        try:
-            spec = base.spec(layer.in_features, layer.out_features)
-        except ValueError as error:
-            raise ModelError(f"{name}: {error}; use another base") from None
-        specs[name] = spec.model_copy(update={"nnz": round(share * spec.numel)})
-    if recipe.target_bpw is not None:
-        sizes = layer_sizes({name: layer.weight.shape for name, layer in layers.items()}, recipe)
-        least = sum(min(size.values()) for size in sizes.values()) / sum(spec.numel for spec in specs.values())
-        if least > recipe.target_bpw:
-            raise RecipeError(
-                f"the target of {recipe.target_bpw:.3f} bits per weight is too small: {recipe.base} takes at least "
-                f"{least:.3f} with this model; raise --target-bpw or --target-size, or use another base"
-            )
-    if recipe.lm_head_bits < 16:
-        name, weight = head_module(model)
-        specs[name] = Rtn(recipe.lm_head_bits, recipe.group_size).spec(weight.shape[1], weight.shape[0])
-    return specs
-
-
-def _with_target(model: nn.Module, recipe: Recipe) -> Recipe:
-    """The recipe with a size of the checkpoint turned into bits a weight of its quantized layers."""
-    if recipe.target_size is None:
-        return recipe
-    layers = find_layers(model)
-    quantized = set(layers)
-    head_bytes = 0
-    if recipe.lm_head_bits < 16:
-        name, weight = head_module(model)
-        quantized.add(name)
-        head_bytes = Rtn(recipe.lm_head_bits, recipe.group_size).spec(weight.shape[1], weight.shape[0]).nbytes
-    rest = head_bytes + sum(2 * tensor.numel() for tensor in other_weights(model, quantized).values())
-    left = 8 * (recipe.target_size - rest) / sum(layer.weight.numel() for layer in layers.values())
-    try:
-        return replace(recipe, target_bpw=left, target_size=None)
-    except RecipeError as error:
-        raise RecipeError(
-            f"--target-size {recipe.target_size}: {rest} bytes are not quantized, which leaves {left:.3f} bits per "
-            f"weight of the quantized layers: {error}"
-        ) from None
+    incidents: list[dict[str, Any]]
 
 
 def convert(
@@ -157,7 +93,7 @@ def convert(
         raise ValueError("a model that stays in its files needs a cache for what is computed of it")
     if tokens is None and recipe.needs_calibration:
         raise ValueError("this recipe needs calibration tokens")
-    return _Run(lm, _with_target(lm.model, recipe.on(lm.device)), tokens, cache or TensorCache(), low_memory).convert()
+    return _Run(lm, with_target(lm.model, recipe.on(lm.device)), tokens, cache or TensorCache(), low_memory).convert()
 
 
 @dataclass
@@ -203,10 +139,17 @@ class _Run:
         return self.cache.folder / "scratch"
 
     def convert(self) -> Conversion:
+        with incidents.collecting() as found:
+            layers = self._convert()
+        everywhere = {incident for own in current_ranks().gather(found) for incident in own}
+        self.report["incidents"] = incidents.describe(everywhere)
+        return Conversion(layers, self.specs, self.report, incidents.summary(everywhere))
+
+    def _convert(self) -> Mapping[str, QuantizedLayer]:
         loss_original = None
         if self.objective is not None:
             with self.stages.stage("original_loss"):
-                loss_original = self.objective.loss(cache=self.cache, label="loss of the original")
+                loss_original = self._original_loss()
         start = self._measure()
         if self.objective is not None:
             # tuning changes the norms, and the fold of a base has done so before
@@ -242,6 +185,11 @@ class _Run:
             stored = each(layers, lambda name: layers[name].weight().to(dtype), lazy=self.lazy)
             with self.stages.stage("final_loss"):
                 loss = self.measurements.loss(stored, "result")
+            if not math.isfinite(loss):
+                raise RecipeError(
+                    "the converted model's loss on the calibration set is not finite: its activations overflow; "
+                    "try more --bits, another --base, or --compute float32"
+                )
             self.report |= {
                 "calibration_loss_original": loss_original,
                 "calibration_loss": loss,
@@ -259,7 +207,7 @@ class _Run:
                 blocks = layers
                 layers = each([*blocks, name], lambda asked: blocks.get(asked, head), lazy=self.lazy)
         self.report |= {"integrals": self.measurements.integrals, "stages": self.stages.report()}
-        return Conversion(layers, self.specs, self.report)
+        return layers
 
     def _finished(self, dense: Dense, masks: Masks) -> Mapping[str, QuantizedLayer]:
         """Dense and sparse parts together."""
@@ -272,13 +220,52 @@ class _Run:
 
     # what is measured before anything is quantized ------------------------------------------------------------
 
+    def _original_loss(self) -> float:
+        """F at w, on sequences of which the original makes something finite."""
+        assert self.objective is not None
+        # with the model's own predictions as labels it says nothing of the sequences
+        text = replace(self.objective, labels="text").loss(cache=self.cache, label="loss of the original")
+        if not math.isfinite(text):
+            self.objective = self._without_bad_sequences(self.objective, 0)
+        return self.objective.loss(cache=self.cache, label="loss of the original")
+
+    def _on_good_sequences(self, measure: Callable[[], Measured]) -> Measured:
+        """What is measured on the sequences to which things are fitted; if it is not finite, without the bad ones."""
+        with incidents.collecting() as found:
+            measured = measure()
+        if any(incident.trouble == NOT_FINITE for incident in found):
+            assert self.tokens is not None
+            before = len(self.tokens)
+            self.tokens = self._without_bad_sequences(self._fitted, self.recipe.path_samples or 0).tokens
+            if len(self.tokens) < before:
+                return measure()
+        incidents.remember(found)
+        return measured
+
+    def _without_bad_sequences(self, objective: Objective, first: int) -> Objective:
+        """Leave out sequences of which the original's loss is not finite: they would be all that is left of a sum.
+
+        Args:
+            first: number of the objective's first sequence in the calibration set.
+        """
+        good = objective.good_sequences(cache=self.cache)
+        for number in (~good).nonzero()[:, 0].tolist():
+            where = f"calibration sequence {first + number}"
+            incidents.note("the original's loss is not finite", "the sequence is left out", where=where)
+        if not good.any():
+            raise CalibrationError(
+                "the original model's loss is not finite on any calibration sequence; give another "
+                "--calibration-dataset, or --compute float32"
+            )
+        return replace(objective, tokens=objective.tokens[good])
+
     def _measure(self) -> GradientMoments | None:
         """Statistics of the inputs, the fold that a base asks for, and gradients at the original weights."""
         needs = self.base.needs | (self.base.refit_needs if self.refits else frozenset())
         start = None
         if Need.INPUTS in needs:
             with self.stages.stage("inputs"):
-                start = self._measure_inputs()
+                start = self._on_good_sequences(self._measure_inputs)
         if isinstance(self.base, Awq):
             with self.stages.stage("fold"):
                 self._fold(self.base)
@@ -287,7 +274,7 @@ class _Run:
             return None
         if start is None:
             with self.stages.stage("gradients"):
-                start = self._fitted.gradients(cache=self.cache)
+                start = self._on_good_sequences(lambda: self._fitted.gradients(cache=self.cache))
         return start
 
     @property

@@ -25,7 +25,7 @@ from .cache import Snapshot, TensorCache, fingerprint
 from .lazy import LazyMapping
 from .losses import divergence, sequence_loss
 from .models import computing_in
-from .path import LayerMoments, LayerSums, MovingLayer, moving_layers
+from .path import LayerMoments, LayerSums, MovingLayer, moving_layers, results
 from .progress import track
 
 __all__ = [
@@ -174,11 +174,23 @@ class Objective:
         return (cache or TensorCache()).number(
             "loss",
             lambda: self.fingerprint(at=fingerprint(weights or self.start), labels=self.labels),
-            lambda: self._loss(weights or self.start, label),
+            lambda: float(np.mean(self._losses(weights or self.start, label))),
             together=self.lazy,
         )
 
-    def _loss(self, weights: Mapping[str, Tensor], label: str) -> float:
+    def good_sequences(self, *, cache: TensorCache | None = None) -> Tensor:
+        """Bool ``[num_samples]``: sequences of which the original makes a finite loss of the text."""
+        text = replace(self, labels="text")
+        return (cache or TensorCache()).resume(
+            "good_sequences",
+            self.fingerprint,
+            torch.device("cpu"),
+            lambda _: {"good": torch.tensor(text._losses(self.start, "losses of the sequences")).isfinite()},
+            together=self.lazy,
+        )["good"]
+
+    def _losses(self, weights: Mapping[str, Tensor], label: str) -> list[float]:
+        """The loss of every sequence."""
         losses = []
         with torch.no_grad(), moving_layers(self.layers, weights) as states:
             for row in track(self.tokens, label, total=len(self.tokens), tokens_per_item=self.tokens.shape[1]):
@@ -186,7 +198,7 @@ class Objective:
                 for state in states.values():
                     state.t = 1.0
                 losses.append(float(self._sequence_loss(row, teacher)))
-        return float(np.mean(losses))
+        return losses
 
     def gradients(
         self, *, cache: TensorCache | None = None, label: str = "gradients of the original"
@@ -301,7 +313,7 @@ class Objective:
                     layer.end_sequence()
                 snapshot.offer(number + 1, state)
             next(ticks, None)  # ends the bar
-        yield from ((name, layer.result()) for name, layer in layers.items())
+        yield from results(layers)
 
     def divergence(self, tokens: Tensor, teacher: Tensor) -> Tensor:
         """The Kullback–Leibler divergence of the model's predictions of a sequence from those of :meth:`teacher`."""

@@ -1,6 +1,5 @@
 """From a finished conversion to a folder: tensors, tokenizer, report, provenance."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,14 @@ import transformers
 
 import vllm_requant
 from vllm_requant.format import CheckpointConfig
+from vllm_requant.format.durable import json_text
 from vllm_requant.format.experts import stored_name
 from vllm_requant.format.writer import staged_folder, write_tensors
 
 from .cache import TensorCache, fingerprint
 from .calibration import Calibration, load_calibration
 from .lazy import LazyMapping
-from .models import CausalLM, model_config, other_tensors
+from .models import CausalLM, check_finite, model_config, other_tensors
 from .observer import current_observer
 from .pipeline import Conversion, convert
 from .ranks import current_ranks
@@ -60,7 +60,7 @@ def convert_and_save(
     Raises:
         CalibrationError: the calibration text is missing or too short.
         WorkError: the model or the text is not that with which the work was begun.
-        ModelError: the model's files have changed since it was loaded.
+        ModelError: a weight is not finite, or the model's files have changed since it was loaded.
         OSError: ``folder`` cannot be written.
     """
     recipe = recipe.on(lm.device)  # what is kept says what was done
@@ -90,7 +90,13 @@ def convert_on(
     low_memory: bool = False,
     work: WorkFolder | None = None,
 ) -> tuple[Conversion, Calibration | None]:
-    """Convert a model with calibration text, which is not read if the recipe needs none; arguments as above."""
+    """Convert a model with calibration text, which is not read if the recipe needs none; arguments as above.
+
+    Raises:
+        ModelError: a weight is not finite.
+        CalibrationError, WorkError: as above.
+    """
+    check_finite(lm)
     calibration = None
     if recipe.needs_calibration:
         calibration = load_calibration(
@@ -126,7 +132,7 @@ def save(
     names = {stored_name(lm.model.config, name): name for name in conversion.layers}
     config = CheckpointConfig(
         producer={"name": "vllm-requant", "version": vllm_requant.__version__},
-        provenance=_provenance(lm, recipe, calibration),
+        provenance=_provenance(lm, recipe, calibration) | {"incidents": conversion.incidents},
         layers={stored: conversion.specs[name] for stored, name in names.items()},
     )
     with staged_folder(folder, overwrite=overwrite) as staging:
@@ -135,7 +141,7 @@ def save(
             lm.model.generation_config.save_pretrained(staging)
         report = {"provenance": config.provenance, **conversion.report}
         timings = report.pop("stages")
-        _write_json(staging / REPORT_NAME, report)
+        (staging / REPORT_NAME).write_text(json_text(report), encoding="utf-8")
         write_tensors(
             staging,
             model_config(lm),
@@ -145,12 +151,8 @@ def save(
             max_shard_size=max_shard_size,
         )
         # apart, and without a checksum: all other files are the same, byte by byte, whenever the same is converted
-        _write_json(staging / TIMINGS_NAME, timings)
+        (staging / TIMINGS_NAME).write_text(json_text(timings), encoding="utf-8")
     return config
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _provenance(lm: CausalLM, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:

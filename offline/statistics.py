@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_requant.format.sparse import all_finite
+
+from . import incidents
 from .cache import Snapshot, TensorCache, fingerprint
 from .lazy import LazyMapping, each
 from .models import computing_in
-from .path import adding_inputs
+from .path import NOT_FINITE, adding_inputs, results
 from .pqi import GradientMoments, Kept, Objective
 from .progress import track
 from .streaming import Walk, streamed_inputs
@@ -27,6 +30,7 @@ from .streaming import Walk, streamed_inputs
 __all__ = ["HESSIANS", "InputStatistics", "guided_statistics", "input_statistics"]
 
 HESSIANS = ("guided", "inputs")
+_ALIKE = "all its inputs count alike"
 log = logging.getLogger(__name__)
 
 
@@ -83,8 +87,13 @@ class _Moments:
 
     def result(self) -> dict[str, Tensor]:
         """The statistics, and the number of tokens."""
-        if self.tokens == 0:  # an expert that none was sent to: all its inputs count alike
-            hessian, mean_abs = torch.eye(len(self.second), device=self.second.device), self.magnitude + 1
+        finite = all_finite(self.second) and all_finite(self.magnitude)
+        if not finite:
+            incidents.note(NOT_FINITE, _ALIKE)
+        if self.tokens == 0:  # an expert that none was sent to; there may be hundreds, which one line tells of
+            incidents.note("no token of the calibration set came here", _ALIKE, level=logging.DEBUG)
+        if not finite or self.tokens == 0:
+            hessian, mean_abs = torch.eye(len(self.second), device=self.second.device), torch.ones_like(self.magnitude)
         else:
             # what is symmetric by definition is made so up to the last bit
             hessian = (self.second + self.second.t()).div_(2 * int(self.tokens))
@@ -149,8 +158,8 @@ def input_statistics(
         lazy=walk is not None,
     )
     _warn_of_unseen([name for name in kept if not kept[name]["tokens"]])
-    results = _statistics(kept)
-    return each(layers, lambda name: results[leaders[name]], lazy=walk is not None)
+    statistics = _statistics(kept)
+    return each(layers, lambda name: statistics[leaders[name]], lazy=walk is not None)
 
 
 def guided_statistics(
@@ -179,10 +188,10 @@ def guided_statistics(
 def _warn_of_unseen(names: list[str]) -> None:
     if names:
         log.warning(
-            "%d layers, such as %s, were given no token of the calibration set: all their inputs count alike; "
-            "raise --num-samples",
+            "%d layers, such as %s, were given no token of the calibration set: %s; raise --num-samples",
             len(names),
             names[0],
+            _ALIKE,
         )
 
 
@@ -212,7 +221,7 @@ def _collect(
         for number, row in enumerate(rest, start=first):
             model.base_model(row[None].to(device), use_cache=False)  # no head: nobody looks at predictions
             snapshot.offer(number + 1, state)
-    yield from ((name, moment.result()) for name, moment in moments.items())
+    yield from results(moments)
 
 
 def _shared_inputs(model: Any, layers: Mapping[str, nn.Linear], tokens: Tensor) -> dict[str, str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from vllm_requant.format.durable import write_safetensors
 from .blocks import Blocks
 from .cache import Snapshot
 from .losses import sequence_loss
-from .path import LayerMoments, LayerSums, adding_inputs, moving_layers
+from .path import LayerMoments, LayerSums, adding_inputs, moving_layers, results
 from .pqi import Objective
 from .progress import track
 from .ranks import current_ranks
@@ -112,14 +111,16 @@ class StreamedObjective(Objective):
         return rows
 
     @torch.no_grad()
-    def _loss(self, weights: Mapping[str, Tensor], label: str) -> float:
+    def _losses(self, weights: Mapping[str, Tensor], label: str) -> list[float]:
         blocks = self._blocks()
         teachers = self._last(blocks, self.start, f"{label}, original") if self.labels == "model" else None
         losses = []
         for number, (row, hidden) in enumerate(zip(self._rows, self._last(blocks, weights, label), strict=True)):
             teacher = None if teachers is None else blocks.predict(row, teachers[number])
             losses.append(float(sequence_loss(blocks.predict(row, hidden), row, teacher)))
-        return float(np.mean([loss for own in current_ranks().gather(losses) for loss in own]))
+        everywhere = current_ranks().gather(losses)
+        ranks = len(everywhere)
+        return [everywhere[item % ranks][item // ranks] for item in range(len(self.tokens))]  # as Ranks.mine divides
 
     @torch.no_grad()
     def _last(self, blocks: Blocks, weights: Mapping[str, Tensor], label: str) -> list[Tensor]:
@@ -174,7 +175,7 @@ class StreamedObjective(Objective):
                             layer.end_sequence()
                 for layer in layers.values():
                     current_ranks().add_up(layer.state())
-                yield from ((name, layer.result()) for name, layer in layers.items() if name in missing)
+                yield from results({name: layer for name, layer in layers.items() if name in missing})
             if number:
                 gradients = [x.grad for x in hidden]  # type: ignore[misc]
                 kept.save(f"gradient-{number}", gradients)
@@ -265,7 +266,7 @@ def streamed_inputs(
                 hidden[item] = blocks.run(number, hidden[item])
         for each in wanted.values():
             current_ranks().add_up(each.state())
-        yield from ((name, each.result()) for name, each in wanted.items())
+        yield from results(wanted)
         kept.save(f"input-{number + 1}", hidden)
         kept.forget(f"input-{number - 1}")  # another process may not have kept the next one yet
     next(ticks, None)  # ends the bar

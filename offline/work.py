@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import vllm_requant
-from vllm_requant.format.durable import write_bytes
+from vllm_requant.format.durable import json_text, write_bytes
 
 from .cache import TensorCache
+from .objections import ObjectionError
 from .ranks import current_ranks
 from .recipe import Recipe
 
@@ -25,7 +26,7 @@ __all__ = ["WorkError", "WorkFolder", "arguments_of", "default_folder"]
 _ARGUMENTS, _LOCK, _RESULTS = "arguments.json", "lock", "results"
 
 
-class WorkError(ValueError):
+class WorkError(ObjectionError):
     """A work folder cannot be used: it is another conversion's, or is in use, or what was converted has changed."""
 
 
@@ -91,7 +92,7 @@ class WorkFolder:
                         "or --overwrite to begin anew"
                     )
                 shutil.rmtree(path / _RESULTS, ignore_errors=True)
-                write_bytes(begun, _json(content))
+                write_bytes(begun, json_text(content).encode())
             yield cls._of(path, cache)
 
     @classmethod
@@ -125,7 +126,7 @@ class WorkFolder:
             raise WorkError(f"{self.path}: {what} is not the one that the conversion was begun with; {_ANEW}")
         if what not in facts and current_ranks().first:
             facts[what] = value
-            write_bytes(self.path / _ARGUMENTS, _json(self._arguments))
+            write_bytes(self.path / _ARGUMENTS, json_text(self._arguments).encode())
 
     def remove(self) -> None:
         """The conversion is complete. The arguments go first: what is left without them is nobody's work."""
@@ -165,7 +166,3 @@ def _locked(path: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

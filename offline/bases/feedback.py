@@ -4,18 +4,18 @@ The loop of GPTQ (arXiv 2210.17323), for any scalar quantizer: what is minimized
 error and H the second moment of the inputs.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .. import incidents
+
 __all__ = ["block_feedback", "compensate", "inverse_factor", "upper_factor"]
 
-log = logging.getLogger(__name__)
-
 _BLOCK = 128
-_DAMPING, _MAX_DAMPING = 0.01, 1.0
+_DAMPING, _MORE_DAMPING = 0.01, (0.1, 1.0)
+_NOT_POSITIVE = "the input moments are not positive definite"
 
 Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """``(column, values [rows]) → (codes [rows], dequantized [rows])``"""
@@ -25,7 +25,8 @@ def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     """Upper triangular V with ``V Vᵀ = H + λI``.
 
     λ starts at ``damping`` times the mean diagonal. A matrix that is not positive definite even so, as few tokens
-    or a dead input make it, is an expected state: λ grows tenfold, a bounded number of times.
+    or a dead input make it, is an expected state: λ grows tenfold, up to the mean diagonal; then all elements beside
+    the diagonal count as zero.
 
     Args:
         hessian: ``[columns, columns]``, symmetric, non-negative diagonal.
@@ -35,7 +36,7 @@ def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
         float64 ``[columns, columns]``.
 
     Raises:
-        ValueError: the matrix holds a value that is not finite, or no damping helped.
+        ValueError: the matrix holds a value that is not finite.
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the second moment of the inputs is not finite")
@@ -43,16 +44,16 @@ def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     reverse = hessian.double().flip(0, 1)
     diagonal = reverse.diagonal().clone()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    while True:
-        reverse.diagonal().copy_(diagonal + damping * mean)  # in place: the matrix may be larger than all else
+    for tried in (damping, *(more for more in _MORE_DAMPING if more > damping)):
+        reverse.diagonal().copy_(diagonal + tried * mean)  # in place: the matrix may be larger than all else
         lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed:
+            if tried != damping:
+                incidents.note(_NOT_POSITIVE, f"damping {tried:g} in the place of {damping:g}")
             del reverse
             return lower.flip(0, 1)
-        if damping >= _MAX_DAMPING:
-            raise ValueError(f"the second moment of the inputs is not positive definite at damping {damping:g}")
-        damping = min(10 * damping, _MAX_DAMPING)
-        log.warning("Cholesky factorization failed; trying again with damping %g", damping)
+    incidents.note(_NOT_POSITIVE, "no error feedback")
+    return (diagonal + damping * mean).clamp(min=damping * mean).sqrt().flip(0).diag()
 
 
 def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm_requant.format import LutSpec
 from vllm_requant.kernels.bitstream import pack_codes
 
+from .. import incidents
 from .base import Base, DenseLayer, LayerData, Need
 from .feedback import compensate
 from .kmeans import assign, kmeans_rows
@@ -37,6 +38,8 @@ class SqueezeLLM(Base):
         weight, fisher = layer.weight, layer.require_fisher()
         spec = self.spec(*weight.shape[::-1])
         counted = fisher if removed is None else fisher.masked_fill(removed, 0.0)
+        if blind := int((counted == 0).all(1).sum()):
+            incidents.note("rows without Fisher information", "their weights count alike", count=blind)
         table = kmeans_rows(weight, counted, 1 << self.width).to(torch.float16)
         # codes are nearest to the table as it is stored
         return self._layer(spec, assign(weight, table.float()), table)
@@ -85,9 +88,10 @@ def least_squares_table(weight: Tensor, hessian: Tensor, codes: Tensor, table: T
     entries = table.shape[1]
     kept = ~removed
     result = torch.empty_like(table)
-    step = max(1, _ROWS_AT_ONCE_ELEMENTS // (weight.shape[1] * entries))
-    for first in range(0, len(weight), step):
-        rows = slice(first, first + step)
+    singular = 0
+    at_once = max(1, _ROWS_AT_ONCE_ELEMENTS // (weight.shape[1] * entries))
+    for first in range(0, len(weight), at_once):
+        rows = slice(first, first + at_once)
         chosen = torch.nn.functional.one_hot(codes[rows], entries).float() * kept[rows, :, None]
         weighted = torch.einsum("ij,rje->rie", hessian, chosen)
         normal = torch.einsum("rie,rif->ref", chosen, weighted)
@@ -96,5 +100,10 @@ def least_squares_table(weight: Tensor, hessian: Tensor, codes: Tensor, table: T
         right = torch.einsum("rie,ri->re", weighted, left)
         ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20)
         normal += ridge[:, None, None] * torch.eye(entries, device=weight.device)
-        result[rows] = table[rows] + torch.linalg.solve(normal, right)
+        step, failed = torch.linalg.solve_ex(normal, right)
+        solved = (failed == 0) & step.isfinite().all(1)
+        singular += int((~solved).sum())
+        result[rows] = torch.where(solved[:, None], table[rows] + step, table[rows])
+    if singular:
+        incidents.note("rows whose best table is not unique", "they keep the one of before", count=singular)
     return result.sort(dim=1).values

@@ -1,11 +1,10 @@
 """Error feedback is GPTQ's recursion, and degenerate second moments are an expected state."""
 
-import logging
-
 import pytest
 import torch
 
 from vllm_requant.offline.bases.feedback import compensate, inverse_factor
+from vllm_requant.offline.incidents import collecting
 
 
 def _problem(columns: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +64,7 @@ def test_exact_weights_stay_out_of_the_codes_of_others_by_value() -> None:
     assert torch.equal(one[:, 20:], two[:, 20:])
 
 
-def test_singular_second_moments_are_damped(caplog: pytest.LogCaptureFixture) -> None:
+def test_singular_second_moments_are_damped() -> None:
     weight, _ = _problem()
     x = torch.randn(3, weight.shape[1])
     x[:, 40] = 0  # an input that never fires
@@ -74,13 +73,18 @@ def test_singular_second_moments_are_damped(caplog: pytest.LogCaptureFixture) ->
     # not positive semidefinite at all: damping grows until it is
     broken = x.t() @ x
     broken -= 0.3 * broken.diagonal().mean() * torch.eye(len(broken))
-    with caplog.at_level(logging.WARNING):
+    with collecting() as found:
         assert torch.isfinite(inverse_factor(broken)).all()
-    assert "trying again with damping" in caplog.text
+    assert [incident.fallback for incident in found] == ["damping 1 in the place of 0.01"]
 
 
-def test_hopeless_second_moments_are_refused() -> None:
-    with pytest.raises(ValueError, match="not positive definite"):
-        inverse_factor(-torch.eye(4) + 3 * (1 - torch.eye(4)))
+def test_hopeless_second_moments_count_as_diagonal() -> None:
+    weight, hessian = _problem()
+    hopeless = -hessian
+    hopeless.diagonal().copy_(hessian.diagonal())
+    with collecting() as found:
+        codes = compensate(weight, hopeless, _round)
+    assert [incident.fallback for incident in found] == ["no error feedback"]
+    assert torch.equal(codes, compensate(weight, hopeless.diagonal().diag(), _round))
     with pytest.raises(ValueError, match="not finite"):
         inverse_factor(torch.full((3, 3), torch.nan))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Device, LowMemory, find_device
-from .output import byte_size, command_errors, print_json, set_up_logging, share
+from .output import byte_size, command_errors, incident_lines, print_json, set_up_logging, share
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ def command(
         from ..offline.cache import TensorCache
         from ..offline.calibration import check_dataset
         from ..offline.models import DTYPES, skeleton
-        from ..offline.pipeline import check_stream, plan
+        from ..offline.plan import check_stream, plan
         from ..offline.recipe import Recipe, RecipeError
         from ..offline.work import WorkFolder, arguments_of, default_folder
 
@@ -281,6 +281,7 @@ def _convert(
         ],
         "calibration_loss_original": report.get("calibration_loss_original"),
         "calibration_loss": report.get("calibration_loss"),
+        "incidents": conversion.incidents,
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -332,6 +333,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
             f"ΔF {integral['stage']}: predicted {integral['predicted']:.5f}, actual {integral['actual']:.5f} "
             f"({100 * integral['relative_error']:.2f} % off)"
         )
+    for line in incident_lines(result["incidents"]):
+        typer.echo(f"incident: {line}")
     typer.echo(
         f"wrote {result['output']} in {result['seconds']:.0f} s; serve it with: requant serve {result['output']}"
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import command_errors, print_json, set_up_logging
+from .output import command_errors, incident_lines, print_json, set_up_logging
 
 __all__ = ["command", "describe"]
 
@@ -79,6 +79,8 @@ def _show(result: dict[str, Any]) -> None:
     if recipe:
         typer.echo(f"  source           {result['provenance'].get('source')}")
         typer.echo("  recipe           " + ", ".join(f"{key} {_plain(value)}" for key, value in recipe.items()))
+    for line in incident_lines(result["provenance"].get("incidents")):
+        typer.echo(f"  incident         {line}")
     for name, layer in result.get("per_layer", {}).items():
         group = f" group {layer['group_size']}" if "group_size" in layer else ""
         typer.echo(

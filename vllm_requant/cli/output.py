@@ -1,6 +1,5 @@
 """What all commands share: logging to stderr, one JSON object on stdout, one line for an error."""
 
-import json
 import logging
 import os
 import re
@@ -15,10 +14,13 @@ import typer
 
 from ..bench.servers import ServerError
 from ..format import ReQuantFormatError
+from ..format.durable import json_text
+from ..offline.objections import ObjectionError
 
 __all__ = [
     "byte_size",
     "command_errors",
+    "incident_lines",
     "prepare_results",
     "print_json",
     "set_up_logging",
@@ -48,7 +50,16 @@ def set_up_logging(*, quiet: bool = False) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     """The one JSON object of a command."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    typer.echo(json_text(content), nl=False)
+
+
+def incident_lines(entries: Any) -> list[str]:
+    """What a checkpoint's provenance says of numerical trouble, of which no reader of checkpoints checks anything."""
+    return [
+        f"{entry.get('trouble')}; {entry.get('fallback')}: {entry.get('first')}, {entry.get('places')} in all"
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+    ]
 
 
 @contextmanager
@@ -92,39 +103,30 @@ def byte_size(text: str) -> int:
 
 @contextmanager
 def command_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line on stderr and the right exit status.
+    """Turn what a user can cause into a line on stderr for every reason, and the right exit status.
 
     Anything else is a defect of ours and keeps its traceback.
     """
     _hide_bars()
     try:
         yield
+    except ObjectionError as error:
+        _fail(error.exit_status, *error.args)
     except (ReQuantFormatError, ServerError, OSError) as error:
-        _fail(str(error), 1)
+        _fail(1, error)
     except RuntimeError as error:
         if _BROKEN_TORCHVISION not in str(error):
             raise
         _fail(
+            1,
             "the installed torchvision does not fit this torch and breaks transformers; "
             "run: pip uninstall -y torchvision torchaudio torchcodec",
-            1,
         )
-    except ValueError as error:
-        # imported late: these modules import torch and transformers
-        from ..offline.calibration import CalibrationError
-        from ..offline.models import ModelError
-        from ..offline.recipe import RecipeError
-        from ..offline.work import WorkError
-
-        if isinstance(error, RecipeError):
-            _fail(str(error), 2)
-        if isinstance(error, (ModelError, CalibrationError, WorkError)):
-            _fail(str(error), 1)
-        raise
 
 
-def _fail(message: str, status: int) -> None:
-    typer.echo(f"requant: error: {message}", err=True)
+def _fail(status: int, *reasons: object) -> None:
+    for reason in reasons:
+        typer.echo(f"requant: error: {reason}", err=True)
     raise typer.Exit(status)
 
 

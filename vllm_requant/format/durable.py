@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .schema import SAFETENSORS_DTYPES
 
-__all__ = ["filling_safetensors", "sync_file", "sync_folder", "write_bytes", "write_safetensors"]
+__all__ = ["filling_safetensors", "json_text", "sync_file", "sync_folder", "write_bytes", "write_safetensors"]
 
 # types of a checkpoint: those of its layers, and those that other tensors may have
 _NAMES = SAFETENSORS_DTYPES | {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
@@ -98,6 +98,19 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def json_text(content: Any) -> str:
+    """JSON that every reader takes, for people too: null stands for numbers that are not finite."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def sync_file(path: Path) -> None:

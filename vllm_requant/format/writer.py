@@ -5,7 +5,6 @@ Everything is written into a folder beside the target, ``config.json`` last, and
 
 import fcntl
 import glob
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from .checksums import SUMS_NAME, file_sums
-from .durable import filling_safetensors, sync_file, sync_folder
+from .durable import filling_safetensors, json_text, sync_file, sync_folder
 from .layer import QuantizedLayer
 from .model_config import without_code
 from .reader import CONFIG_NAME, INDEX_NAME
@@ -152,12 +151,8 @@ def write_tensors(
                 write[f"{module}.{suffix}"](f"{module}.{suffix}", tensor)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX_NAME).write_bytes(_json(index))
+        (folder / INDEX_NAME).write_bytes(json_text(index).encode())
     entry = config.model_dump(mode="json")
-    content = _json({**without_code(model_config), "quantization_config": entry})
+    content = json_text({**without_code(model_config), "quantization_config": entry}).encode()
     (folder / SUMS_NAME).write_bytes(file_sums(folder, {CONFIG_NAME: content}))
     (folder / CONFIG_NAME).write_bytes(content)
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
