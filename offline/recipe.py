@@ -1,5 +1,6 @@
 """What to do to a model: every choice of a conversion, checked before anything is loaded."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from .bases import BASES, Base, Rtn
 from .metrics import METRICS
 from .models import COMPUTE_DTYPES, fastest_compute
+from .objections import ObjectionError
 from .pqi import LABELS, QUADRATURES, quadrature
 from .statistics import HESSIANS
 
@@ -33,8 +35,10 @@ _GROUP_SIZES = (32, 64, 128)  # to choose from under a target
 _EIGHT = Precision(8, 128)  # of any base, for the few layers that are worth it: plain rounding is as good as any
 
 
-class RecipeError(ValueError):
-    """A choice is out of range or contradicts another; the message names the flag."""
+class RecipeError(ObjectionError):
+    """Choices are out of range or contradict each other; every reason names the flag."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True)
@@ -99,72 +103,16 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.base not in BASES:
-            raise RecipeError(f"--base {self.base}: unknown; choose one of {', '.join(BASES)}")
-        base = BASES[self.base]
-        if self.bits not in base.bits:
-            raise RecipeError(f"--bits {self.bits}: {self.base} has {', '.join(map(str, base.bits))}")
-        if self.group_size < 32 or self.group_size % 32 or self.group_size > 65536:
-            raise RecipeError(f"--group-size {self.group_size}: must be a multiple of 32, at most 65536")
-        if not 8 <= self.state_bits <= 16:
-            raise RecipeError(f"--state-bits {self.state_bits}: must lie between 8 and 16")
-        if "state_bits" in base.options and not self.has_target and self.state_bits < 2 * self.bits:
-            raise RecipeError(f"--state-bits {self.state_bits}: must be at least twice --bits {self.bits}")
-        self._resolve_shares(base)
-        for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
-            if share is not None and not 0 <= share <= _MAX_SHARE:
-                raise RecipeError(f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}")
-        if self.target_bpw is not None:
-            widest = max([*base.bits, *(precision.bits for precision in self.precisions)])
-            if not min(base.bits) <= self.target_bpw <= widest + 1:
-                raise RecipeError(
-                    f"--target-bpw {self.target_bpw:g}: {self.base} reaches from {min(base.bits)} to about {widest}"
-                )
-        if self.target_bpw is not None and self.target_size is not None:
-            raise RecipeError("--target-size: --target-bpw is given too; choose one of them")
-        if self.has_target and (self.outliers or self.outlier_rule == "base"):
-            flag = "--outliers" if self.outliers else "--outlier-rule base"
-            raise RecipeError(f"{flag}: under a target the sparse part is chosen, or --significant is its share")
-        if self.metric not in METRICS:
-            raise RecipeError(f"--metric {self.metric}: choose one of {', '.join(METRICS)}")
-        if self.outlier_rule not in OUTLIER_RULES:
-            raise RecipeError(f"--outlier-rule {self.outlier_rule}: choose one of {', '.join(OUTLIER_RULES)}")
-        if self.outlier_rule == "base" and self.base != "squeezellm":
-            raise RecipeError(f"--outlier-rule base: {self.base} has no rule of its own for sparse weights")
-        if self.hessian not in HESSIANS:
-            raise RecipeError(f"--hessian {self.hessian}: choose one of {', '.join(HESSIANS)}")
-        if self.quadrature not in QUADRATURES:
-            raise RecipeError(f"--quadrature {self.quadrature}: choose one of {', '.join(QUADRATURES)}")
-        if self.labels not in LABELS:
-            raise RecipeError(f"--labels {self.labels}: choose one of {', '.join(LABELS)}")
-        if self.compute not in (known := (*COMPUTE_DTYPES, "auto")):
-            raise RecipeError(f"--compute {self.compute}: choose one of {', '.join(known)}")
-        for flag, value in (
-            ("--nodes", self.nodes),
-            ("--num-samples", self.num_samples),
-            ("--rounds", self.rounds),
-        ):
-            if value < 1:
-                raise RecipeError(f"{flag} {value}: must be at least 1")
+        base = BASES.get(self.base)
+        if base is not None:
+            self._resolve_shares(base)
         if self.path_samples is None:
             object.__setattr__(self, "path_samples", self.num_samples // 4)
-        if not 0 <= self.path_samples < self.num_samples:
-            raise RecipeError(
-                f"--path-samples {self.path_samples}: must not be negative, and less than --num-samples "
-                f"{self.num_samples}"
-            )
-        if self.seq_len < 2:
-            raise RecipeError(f"--seq-len {self.seq_len}: must be at least 2")
+        reasons = [*self._base_objections(base), *self._choice_objections(), *self._number_objections()]
+        if reasons:
+            raise RecipeError(*reasons)
         if self.tune_epochs is None:
             object.__setattr__(self, "tune_epochs", int(self._needs_text))
-        if self.tune_epochs < 0:
-            raise RecipeError(f"--tune-epochs {self.tune_epochs}: must not be negative")
-        if self.lm_head_bits not in (4, 8, 16):
-            raise RecipeError(f"--lm-head-bits {self.lm_head_bits}: choose 4, 8 or 16")
-        try:
-            quadrature(self.quadrature, self.nodes)
-        except ValueError as error:
-            raise RecipeError(f"--nodes {self.nodes}: {error}") from None
 
     def _resolve_shares(self, base: type[Base]) -> None:
         outliers, significant = base.usual_shares
@@ -172,6 +120,73 @@ class Recipe:
             object.__setattr__(self, "outliers", 0.0 if self.has_target else outliers)
         if self.significant is None and not self.has_target:
             object.__setattr__(self, "significant", significant)
+
+    def _base_objections(self, base: type[Base] | None) -> Iterator[str]:
+        """To the base, its options and the size."""
+        if self.target_bpw is not None and self.target_size is not None:
+            yield "--target-size: --target-bpw is given too; choose one of them"
+        if self.group_size < 32 or self.group_size % 32 or self.group_size > 65536:
+            yield f"--group-size {self.group_size}: must be a multiple of 32, at most 65536"
+        if not 8 <= self.state_bits <= 16:
+            yield f"--state-bits {self.state_bits}: must lie between 8 and 16"
+        if base is None:
+            yield f"--base {self.base}: unknown; choose one of {', '.join(BASES)}"
+            return
+        if self.bits not in base.bits:
+            yield f"--bits {self.bits}: {self.base} has {', '.join(map(str, base.bits))}"
+        elif "state_bits" in base.options and not self.has_target and 8 <= self.state_bits < 2 * self.bits:
+            yield f"--state-bits {self.state_bits}: must be at least twice --bits {self.bits}"
+        if self.target_bpw is not None:
+            widest = max([*base.bits, *(precision.bits for precision in self.precisions)])
+            if not min(base.bits) <= self.target_bpw <= widest + 1:
+                yield f"--target-bpw {self.target_bpw:g}: {self.base} reaches from {min(base.bits)} to about {widest}"
+        if self.outlier_rule == "base" and self.base != "squeezellm":
+            yield f"--outlier-rule base: {self.base} has no rule of its own for sparse weights"
+
+    def _choice_objections(self) -> Iterator[str]:
+        """To names that are not known, and to the sparse part."""
+        choices: dict[str, tuple[str, Collection[str]]] = {
+            "--metric": (self.metric, METRICS),
+            "--outlier-rule": (self.outlier_rule, OUTLIER_RULES),
+            "--hessian": (self.hessian, HESSIANS),
+            "--quadrature": (self.quadrature, QUADRATURES),
+            "--labels": (self.labels, LABELS),
+            "--compute": (self.compute, (*COMPUTE_DTYPES, "auto")),
+        }
+        for flag, (choice, known) in choices.items():
+            if choice not in known:
+                yield f"{flag} {choice}: choose one of {', '.join(known)}"
+        if self.lm_head_bits not in (4, 8, 16):
+            yield f"--lm-head-bits {self.lm_head_bits}: choose 4, 8 or 16"
+        if self.has_target and (self.outliers or self.outlier_rule == "base"):
+            flag = "--outliers" if self.outliers else "--outlier-rule base"
+            yield f"{flag}: under a target the sparse part is chosen, or --significant is its share"
+
+    def _number_objections(self) -> Iterator[str]:
+        """To numbers that are out of range."""
+        for flag, share in (("--outliers", self.outliers), ("--significant", self.significant)):
+            if share is not None and not 0 <= share <= _MAX_SHARE:
+                yield f"{flag} {share:%}: must lie between 0% and {_MAX_SHARE:.0%}"
+        for flag, value, least in (
+            ("--nodes", self.nodes, 1),
+            ("--num-samples", self.num_samples, 1),
+            ("--rounds", self.rounds, 1),
+            ("--seq-len", self.seq_len, 2),
+        ):
+            if value < least:
+                yield f"{flag} {value}: must be at least {least}"
+        if self.num_samples >= 1 and not 0 <= self.path_samples < self.num_samples:
+            yield (
+                f"--path-samples {self.path_samples}: must not be negative, and less than --num-samples "
+                f"{self.num_samples}"
+            )
+        if (self.tune_epochs or 0) < 0:
+            yield f"--tune-epochs {self.tune_epochs}: must not be negative"
+        if self.nodes >= 1 and self.quadrature in QUADRATURES:
+            try:
+                quadrature(self.quadrature, self.nodes)
+            except ValueError as error:
+                yield f"--nodes {self.nodes}: {error}"
 
     @property
     def has_target(self) -> bool:

@@ -71,7 +71,7 @@ def read_runs(path: Path) -> dict[str, dict[str, Any]]:
         try:
             Recipe(**{key: value for key, value in choices.items() if key != _SIZE_OF})
         except RecipeError as error:
-            raise RecipeError(f"{path}: run {name}: {error}") from None
+            raise RecipeError(*(f"{path}: run {name}: {reason}" for reason in error.args)) from None
         result[name] = choices
     return result
 

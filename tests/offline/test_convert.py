@@ -21,7 +21,7 @@ from vllm_requant.offline.calibration import CalibrationError, load_calibration
 from vllm_requant.offline.metrics import METRICS
 from vllm_requant.offline.models import ModelError, find_layers, load_causal_lm, skeleton
 from vllm_requant.offline.outliers import TAUS
-from vllm_requant.offline.pipeline import plan
+from vllm_requant.offline.plan import plan
 from vllm_requant.offline.pqi import Objective
 from vllm_requant.offline.recipe import Recipe, RecipeError
 from vllm_requant.offline.save import convert_and_save
