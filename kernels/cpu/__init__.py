@@ -29,6 +29,7 @@ __all__ = [
     "multiplies_bfloat16",
     "pack",
     "pack_trellis",
+    "packed_nbytes",
     "trellis_dequantize",
     "trellis_rotate",
     "trellis_rotate_back",
@@ -199,6 +200,34 @@ def pack_trellis(
         *_sparse_arguments(sparse),
     )
     return _packed(library().requant_pack_trellis, arguments)
+
+
+def packed_nbytes(
+    kind: str,
+    shape: tuple[int, int],
+    *,
+    bits: int,
+    group_size: int = 0,
+    state_bits: int = 0,
+    blocks: tuple[int, int] = (0, 0),
+    indptr: Tensor | None = None,
+    wide: bool = False,
+) -> int:
+    """Bytes of what :func:`pack` or :func:`pack_trellis` returns, from shapes and the rows of the sparse part alone.
+
+    Args:
+        kind: ``"uniform"``, ``"lut"`` or ``"trellis"``.
+        shape: output and input features.
+        blocks: of a trellis, the Hadamard blocks of output and input features.
+        indptr: int32 ``[out_features + 1]``; None without a sparse part.
+        wide: sparse columns are int32.
+    """
+    sparse = (None, None, 0, None) if indptr is None else (indptr.data_ptr(), None, int(wide), None)
+    if kind == "trellis":
+        arguments = (bits, state_bits, *shape, *blocks, *(4 * (None,)), *sparse)
+        return _check(library().requant_pack_trellis(*arguments, None))
+    arguments = (_KINDS[kind], bits, group_size, *shape, *(4 * (None,)), *sparse)
+    return _check(library().requant_pack(*arguments, None))
 
 
 def _packed(function: "ctypes._FuncPointer", arguments: tuple[int | None, ...]) -> Tensor:

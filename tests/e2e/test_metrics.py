@@ -16,9 +16,12 @@ from tests import tiny
 from tests.e2e.conftest import Server, get, serve
 from vllm_requant.bench.servers import free_port
 from vllm_requant.cli.inspect import describe
+from vllm_requant.format.architecture import model_without_weights
+from vllm_requant.format.reader import Checkpoint
 from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import Recipe
 from vllm_requant.offline.save import convert_and_save
+from vllm_requant.offline.serving_memory import ServedModel
 from vllm_requant.serving.metrics import METRICS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
@@ -59,6 +62,9 @@ def check(found: dict[str, list[tuple[dict[str, str], float]]], folder: Path) ->
     held = sum(value for _, value in found["requant_runtime_weight_bytes"])
     in_checkpoint = expected["bytes"]["dense"] + expected["bytes"]["sparse"]
     assert in_checkpoint <= held < 1.15 * in_checkpoint
+    stored = Checkpoint(folder)
+    foretold = ServedModel(model_without_weights(stored), stored.config.layers).quantized_bytes(1, "cpu")
+    assert held == pytest.approx(foretold, rel=0.01), "what a dry run says"
     assert 0 < only("requant_read_bytes_per_token")[1] <= held
     assert all(labels["kernel"].startswith("cpu-") for labels, _ in found["requant_kernel_info"])
     assert 0 < only("requant_repack_seconds")[1] < only("requant_load_seconds")[1] < 600

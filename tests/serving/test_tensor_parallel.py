@@ -10,8 +10,11 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
+from tests import tiny
 from tests.serving.vllm_layers import FORMATS, assert_close, load, quant_config, random_layer
 from vllm_requant.format import QuantizedLayer
+from vllm_requant.offline.models import find_layers
+from vllm_requant.offline.serving_memory import ServedModel
 
 pytestmark = pytest.mark.parametrize("tp", [1, 2, 4])
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -258,3 +261,58 @@ def test_output_has_the_dtype_of_the_input(as_rank, tp, dtype):
     # more than two dimensions, as some models call it
     output = load(module, {None: layer})(inputs().to(dtype)[None])[0]
     assert output.dtype == dtype and output.shape == (1, 5, 64 // tp)
+
+
+@formats
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_rank_holds_what_a_dry_run_foretells(as_rank, tp, fmt, kv_heads):
+    """Of two layers whose siblings vLLM computes as one, and of one that is split by columns."""
+    heads, size, inner = 4, 32, 384
+    source = tiny.model(
+        hidden_size=HIDDEN,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=size,
+    )
+    layers = {
+        name: random_layer(linear.out_features, linear.in_features, seed=seed, **fmt)
+        for seed, (name, linear) in enumerate(find_layers(source).items())
+    }
+    served = ServedModel(source, {name: layer.spec for name, layer in layers.items()})
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    block = "model.layers.0"
+    assert served.objection(tp) is None
+    held = []
+    for rank in range(tp):
+        as_rank(rank, tp)
+        config = quant_config(layers, packed)
+        attention, mlp = f"{block}.self_attn", f"{block}.mlp"
+        o_proj = f"{attention}.o_proj"
+        sizes = (HIDDEN, size, heads, kv_heads)
+        modules = [
+            (QKVParallelLinear(*sizes, bias=False, quant_config=config, prefix=f"{attention}.qkv_proj"), "qkv"),
+            (
+                RowParallelLinear(heads * size, HIDDEN, bias=False, quant_config=config, prefix=f"{attention}.o_proj"),
+                "o",
+            ),
+            (
+                MergedColumnParallelLinear(
+                    HIDDEN, [inner, inner], bias=False, quant_config=config, prefix=f"{mlp}.gate_up_proj"
+                ),
+                "gate_up",
+            ),
+            (RowParallelLinear(inner, HIDDEN, bias=False, quant_config=config, prefix=f"{mlp}.down_proj"), "down"),
+        ]
+        shards = {
+            "qkv": {shard: layers[f"{attention}.{shard}_proj"] for shard in "qkv"},
+            "o": {None: layers[o_proj]},
+            "gate_up": {shard: layers[f"{mlp}.{name}_proj"] for shard, name in enumerate(("gate", "up"))},
+            "down": {None: layers[f"{mlp}.down_proj"]},
+        }
+        for module, name in modules:
+            load(module, shards[name])
+        held.append(sum(config.loading._weight_bytes.values()))
+    # how many sparse elements a row has is chance
+    assert served.quantized_bytes(tp, "cpu") == pytest.approx(max(held), rel=0.03 if fmt["density"] else 0)

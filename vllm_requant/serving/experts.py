@@ -15,10 +15,10 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from ..format import LayerSpec
+from ..format.splitting import require_row_borders, require_split
 from ..kernels import experts as kernels
 from ..kernels.gpu import experts as gpu
 from ..kernels.gpu.weights import expert_of, stack
-from .linear import require_row_borders, require_split
 from .segments import Segment, joined, make_segments, parts_linear, register_segments, report_ready, with_weights
 from .stash import StoredModule, WeightStash
 
@@ -140,8 +140,8 @@ class RequantExpertsMethod(FusedMoEMethodBase):
                 columns = part if ranks > 1 else None
                 second[local] = StoredModule(name, spec, ids, [(0, spec.out_features)], columns)
             else:
+                require_row_borders(name, spec, [part])
                 first.setdefault(local, []).append(StoredModule(name, spec, ids, [part]))
-                require_row_borders(first[local][-1])
         specs = [(shard, spec) for (_, shard), (_, spec) in self.modules.items()]
         self._stashes = (
             ExpertStash(

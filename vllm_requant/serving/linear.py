@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear
 
 from ..format import LayerSpec
-from ..format.rows import synthetic_layer
+from ..format.splitting import require_row_borders, require_split
 from .segments import Segment, install_segments, segments_linear
 from .stash import ShardId, StoredModule, WeightStash
 
@@ -25,11 +25,7 @@ __all__ = [
     "RequantLinearMethod",
     "layer_partitions",
     "plan_modules",
-    "require_row_borders",
-    "require_split",
 ]
-
-_MAX_SUGGESTED_TP = 16
 
 
 class Partition(NamedTuple):
@@ -165,7 +161,7 @@ class RequantLinearMethod(LinearMethodBase):
         partitions = layer_partitions(layer, output_partition_sizes, output_size)
         modules = plan_modules(self.modules, partitions, columns)
         for module in modules:
-            require_row_borders(module)
+            require_row_borders(module.name, module.spec, module.rows)
         self._stash = WeightStash(modules, dummy=self.config.dummy)
         self._stash.attach(layer)
         self.config.loading.expect()
@@ -187,49 +183,3 @@ class RequantLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` of this rank, in ``x.dtype``."""
         return segments_linear(layer, self.segments, x, bias)
-
-
-def _splits(spec: LayerSpec, ranks: int) -> bool:
-    """Whether the input features can be split over so many ranks, tried on a layer of as few rows as can be."""
-    if spec.in_features % ranks:
-        return False
-    size = spec.in_features // ranks
-    with torch.device("cpu"):  # vLLM builds layers under the target device as default device
-        row = synthetic_layer(spec.model_copy(update={"out_features": spec.row_quantum, "nnz": 0}))
-        try:
-            for rank in range(ranks):
-                row.slice(columns=(rank * size, (rank + 1) * size))
-        except ValueError:
-            return False
-    return True
-
-
-def require_row_borders(module: StoredModule) -> None:
-    """Fail before anything is read, naming the sizes that would do.
-
-    Raises:
-        ValueError: the kind cannot be cut at the borders of this rank's rows.
-    """
-    spec, quantum = module.spec, module.spec.row_quantum
-    if any(border % quantum for rows in module.rows for border in rows):
-        fitting = [str(tp) for tp in range(1, _MAX_SUGGESTED_TP + 1) if spec.out_features % (tp * quantum) == 0]
-        raise ValueError(
-            f"{module.name}: a rank's part of its {spec.out_features} output features must be a multiple of {quantum} "
-            f"for {spec.kind} weights. This layer allows --tensor-parallel-size {', '.join(fitting)} at most"
-        )
-
-
-def require_split(name: str, spec: LayerSpec, ranks: int) -> None:
-    """Fail before anything is read, naming the sizes that would do.
-
-    Raises:
-        ValueError: the kind cannot be cut at this split's borders.
-    """
-    if not _splits(spec, ranks):
-        fitting = [str(tp) for tp in range(1, _MAX_SUGGESTED_TP + 1) if _splits(spec, tp)]
-        raise ValueError(
-            f"{name}: its {spec.in_features} input features cannot be split over {ranks} tensor-parallel "
-            f"ranks; a rank's {spec.in_features / ranks:g} must be a multiple of {spec.column_quantum} for {spec.kind} "
-            "weights. "
-            f"This layer allows --tensor-parallel-size {', '.join(fitting)}"
-        )
