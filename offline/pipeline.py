@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from vllm_requant.format import LayerSpec, QuantizedLayer
 from vllm_requant.format.durable import write_safetensors
-from vllm_requant.format.experts import routed_share
 
 from . import incidents
 from .bases import Awq, LayerData, Need, Rtn, relative_error
@@ -34,7 +33,7 @@ from .mapped import map_tensors
 from .measurements import Measurements
 from .models import CausalLM, find_layers, head_module
 from .path import NOT_FINITE
-from .plan import check_stream, with_target
+from .plan import check_stream, tokens_to_refit, with_target
 from .pqi import GradientMoments, Objective
 from .progress import track
 from .quantizer import Dense, LayerQuantizer, Masks
@@ -49,7 +48,6 @@ from .tuning import norm_weights, tune
 __all__ = ["Conversion", "convert"]
 
 log = logging.getLogger(__name__)
-_TOKENS_PER_FEATURE = 4
 Measured = TypeVar("Measured")
 
 
@@ -351,8 +349,7 @@ class _Run:
         """Whether to refit. Second moments from few tokens would fit the calibration set and nothing else."""
         if not self.recipe.refits or self.tokens is None:
             return False
-        needed = _TOKENS_PER_FEATURE * max(layer.in_features for layer in self.layers.values())
-        needed = round(needed / routed_share(self.model.config))
+        needed = tokens_to_refit(self.model, self.layers)
         if Need.INPUTS in self.base.refit_needs and self.tokens.numel() < needed:
             log.info("no refit: it takes %d calibration tokens, there are %d", needed, self.tokens.numel())
             return False

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_requant.format import LayerSpec
+from vllm_requant.format.experts import routed_share
 
 from .bases import Base, Rtn
 from .budget import layer_sizes
@@ -15,7 +17,9 @@ from .models import ModelError, find_layers, head_module, other_weights
 from .objections import Objections, by_reason
 from .recipe import Recipe, RecipeError
 
-__all__ = ["check_stream", "plan", "with_target"]
+__all__ = ["check_stream", "plan", "tokens_to_refit", "with_target"]
+
+_TOKENS_PER_FEATURE = 4
 
 
 def check_stream(source: str, recipe: Recipe, device: torch.device) -> None:
@@ -94,6 +98,12 @@ def with_target(model: nn.Module, recipe: Recipe) -> Recipe:
             f"--target-size {recipe.target_size}: {rest} bytes are not quantized, which leaves {left:.3f} bits per "
             f"weight of the quantized layers: {error}"
         ) from None
+
+
+def tokens_to_refit(model: Any, layers: Mapping[str, nn.Linear]) -> int:
+    """Calibration tokens that it takes for second moments of all inputs that are more than the tokens' own."""
+    widest = max(layer.in_features for layer in layers.values())
+    return round(_TOKENS_PER_FEATURE * widest / routed_share(model.config))
 
 
 def _layer_specs(base: Base, layers: Mapping[str, nn.Linear]) -> dict[str, LayerSpec]:
