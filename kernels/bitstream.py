@@ -8,6 +8,7 @@ exactly 3 bits.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["pack_codes", "row_bytes", "unpack_codes"]
 
@@ -37,18 +38,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
     blocks = (count + 7) // 8
-    # int16 holds a code shifted by up to 7 bits; the upper byte carries into the next one
-    padded = torch.zeros(rows, blocks * 8, dtype=torch.int16, device=codes.device)
-    padded[:, :count] = codes.to(torch.int16)
-    padded = padded.view(rows, blocks, 8)
-    out = torch.zeros(rows, blocks, bits, dtype=torch.int16, device=codes.device)
-    for j in range(8):
-        byte, shift = divmod(j * bits, 8)
-        shifted = padded[:, :, j] << shift
-        out[:, :, byte] |= shifted & 0xFF
-        if shift + bits > 8:
-            out[:, :, byte + 1] |= shifted >> 8
-    return out.to(torch.uint8).view(rows, blocks * bits)[:, : row_bytes(count, bits)].contiguous()
+    parts = pad(codes.to(torch.uint8).contiguous(), (0, blocks * 8 - count))
+    words = parts.view(torch.int64)
+    for lane in (8, 16, 32):
+        _join(words, bits, lane)
+    joined = parts.view(rows, blocks, 8)[:, :, :bits].reshape(rows, blocks * bits)
+    return joined[:, : row_bytes(count, bits)].contiguous()
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -69,18 +64,38 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     blocks = (count + 7) // 8
-    padded = torch.zeros(rows, blocks * bits, dtype=torch.int16, device=packed.device)
-    padded[:, :width] = packed.to(torch.int16)
-    padded = padded.view(rows, blocks, bits)
-    out = torch.empty(rows, blocks, 8, dtype=torch.uint8, device=packed.device)
-    mask = (1 << bits) - 1
-    for j in range(8):
-        byte, shift = divmod(j * bits, 8)
-        code = padded[:, :, byte] >> shift
-        if shift + bits > 8:
-            code = code | (padded[:, :, byte + 1] << (8 - shift))
-        out[:, :, j] = (code & mask).to(torch.uint8)
-    return out.view(rows, blocks * 8)[:, :count].contiguous()
+    parts = pad(pad(packed, (0, blocks * bits - width)).reshape(rows, blocks, bits), (0, 8 - bits))
+    words = parts.view(torch.int64)
+    for lane in (32, 16, 8):
+        _part(words, bits, lane)
+    return parts.view(rows, blocks * 8)[:, :count].contiguous()
+
+
+# Eight codes are a 64-bit word. Side by side at its lower end they become one a byte in three steps, each of which parts
+# what every lane holds into halves; three steps back join them. Passes over all words do nothing but shift and mask.
+
+
+def _part(words: Tensor, bits: int, lane: int) -> None:
+    """Move the upper half of what lies in each pair of lanes, ``lane`` bits wide, into the upper lane; in place."""
+    held = bits * lane // 8
+    low = _mask(held, lane)
+    upper = words & (low << held)
+    words &= low
+    words |= upper.bitwise_left_shift_(lane - held)
+
+
+def _join(words: Tensor, bits: int, lane: int) -> None:
+    """The inverse of :func:`_part`."""
+    held = bits * lane // 8
+    low = _mask(held, lane)
+    upper = words & (low << lane)
+    words &= low
+    words |= upper.bitwise_right_shift_(lane - held)
+
+
+def _mask(held: int, lane: int) -> int:
+    """The lowest ``held`` bits of the lower lane of each pair."""
+    return sum(((1 << held) - 1) << at for at in range(0, 64, 2 * lane))
 
 
 def _check_bits(bits: int) -> None:
