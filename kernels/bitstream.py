@@ -38,11 +38,11 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
     blocks = (count + 7) // 8
-    parts = pad(codes.to(torch.uint8).contiguous(), (0, blocks * 8 - count))
+    parts = pad(codes.to(torch.uint8).contiguous(), (0, blocks * 8 - count)).view(rows, blocks, 8)
     words = parts.view(torch.int64)
     for lane in (8, 16, 32):
         _join(words, bits, lane)
-    joined = parts.view(rows, blocks, 8)[:, :, :bits].reshape(rows, blocks * bits)
+    joined = parts[:, :, :bits].reshape(rows, blocks * bits)
     return joined[:, : row_bytes(count, bits)].contiguous()
 
 
@@ -71,8 +71,8 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     return parts.view(rows, blocks * 8)[:, :count].contiguous()
 
 
-# Eight codes are a 64-bit word. Side by side at its lower end they become one a byte in three steps, each of which parts
-# what every lane holds into halves; three steps back join them. Passes over all words do nothing but shift and mask.
+# Eight codes are a 64-bit word. Side by side at its lower end they become one a byte in three steps, each of which
+# parts what every lane holds into halves; three steps back join them.
 
 
 def _part(words: Tensor, bits: int, lane: int) -> None:
