@@ -70,8 +70,8 @@ class Measurements:
             label=f"integral, {label}",
         )
         loss = self.loss(restored, label)
-        share = integral.predicted()
-        predicted, actual = sum(share.values()), loss - self.loss_original
+        breakdown = integral.breakdown()
+        predicted, actual = sum(breakdown.predicted.values()), loss - self.loss_original
         error = abs(predicted - actual) / abs(actual) if actual else math.nan
         log.info(
             "integral, %s: ΔF predicted %.5f, actual %.5f, relative error %.3f %%",
@@ -86,7 +86,9 @@ class Measurements:
                 "predicted": predicted,
                 "actual": actual,
                 "relative_error": error,
-                "predicted_by_layer": share,
+                "predicted_by_layer": breakdown.predicted,
+                "pqi_by_layer": breakdown.pqi,
+                "coverage": breakdown.coverage,
             }
         )
         current_observer().integrated(self.integrals[-1])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pqi import GradientMoments, PathIntegral, signed_share
+from .pqi import GradientMoments, PathIntegral, element_pqi, signed_share
 
 __all__ = ["METRICS", "Metric", "Sensitivity"]
 
@@ -101,7 +101,7 @@ def _path_share(layer: Sensitivity) -> float:
 
 
 def _pqi(layer: Sensitivity) -> Tensor:
-    return (layer.delta * _given(layer.path_gradient)).abs_()
+    return element_pqi(_given(layer.path_gradient), layer.delta)
 
 
 def _path_fisher(layer: Sensitivity) -> Tensor:

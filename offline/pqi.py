@@ -15,13 +15,14 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .cache import Snapshot, TensorCache, fingerprint
+from .coverage import Coverage
 from .lazy import LazyMapping
 from .losses import divergence, sequence_loss
 from .models import computing_in
@@ -31,9 +32,11 @@ from .progress import track
 __all__ = [
     "LABELS",
     "QUADRATURES",
+    "Breakdown",
     "GradientMoments",
     "Objective",
     "PathIntegral",
+    "element_pqi",
     "quadrature",
     "signed_share",
 ]
@@ -95,6 +98,25 @@ def signed_share(gradient: Tensor, delta: Tensor) -> float:
     return float(torch.dot(gradient.flatten().double(), delta.to(gradient.device).flatten().double()))
 
 
+def element_pqi(gradient: Tensor, delta: Tensor) -> Tensor:
+    """PQI of every weight of a layer, from the path-averaged gradient and w̃ − w."""
+    return (delta * gradient).abs_()
+
+
+class Breakdown(NamedTuple):
+    """A path integral in figures.
+
+    Attributes:
+        predicted: signed share of ΔF, by layer; the sum predicts ΔF.
+        pqi: sum of PQI over the weights, by layer.
+        coverage: shares of all weights, those of largest PQI, and the share of all PQI that they hold.
+    """
+
+    predicted: dict[str, float]
+    pqi: dict[str, float]
+    coverage: list[tuple[float, float]]
+
+
 @dataclass(frozen=True)
 class PathIntegral:
     """The gradient along the path w → w̃.
@@ -110,11 +132,19 @@ class PathIntegral:
 
     def predicted(self) -> dict[str, float]:
         """Signed share of ΔF of every layer; the sum predicts ΔF."""
-        gradient = self.moments.gradient
-        return {
-            name: signed_share(gradient[name], self.end[name].float() - start.float())
-            for name, start in self.start.items()
-        }
+        return self.breakdown().predicted
+
+    def breakdown(self) -> "Breakdown":
+        """What every layer and the most sensitive weights contribute, one layer in memory at a time."""
+        predicted, total, coverage = {}, {}, Coverage()
+        for name, start in self.start.items():
+            delta = self.end[name].float() - start.float()
+            gradient = self.moments.gradient[name]
+            predicted[name] = signed_share(gradient, delta)
+            elements = element_pqi(gradient.to(delta.device), delta)
+            total[name] = float(elements.sum(dtype=torch.float64))
+            coverage.add(elements)
+        return Breakdown(predicted, total, coverage.curve())
 
 
 @dataclass(frozen=True)
