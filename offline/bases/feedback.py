@@ -4,16 +4,19 @@ The loop of GPTQ (arXiv 2210.17323), for any scalar quantizer: what is minimized
 error and H the second moment of the inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from vllm_requant.format.sparse import all_finite
+
 from .. import incidents
 
-__all__ = ["block_feedback", "compensate", "inverse_factor", "upper_factor"]
+__all__ = ["block_feedback", "compensate", "inverse_factor", "reversed_factor"]
 
 _BLOCK = 128
+_PANEL = 256  # rows or columns of a large matrix that are worked on at a time
 _DAMPING, _MORE_DAMPING = 0.01, (0.1, 1.0)
 _NOT_POSITIVE = "the input moments are not positive definite"
 
@@ -21,8 +24,11 @@ Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """``(column, values [rows]) → (codes [rows], dequantized [rows])``"""
 
 
-def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
-    """Upper triangular V with ``V Vᵀ = H + λI``.
+def reversed_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | None = None) -> Tensor:
+    """Lower triangular L with ``L Lᵀ = J (H + λI) J``, J the matrix that reverses an order.
+
+    ``V = J L J`` is an upper triangular factor of ``H + λI``: a Cholesky factor of the matrix with its columns in
+    reverse is an upper one in the right order.
 
     λ starts at ``damping`` times the mean diagonal. A matrix that is not positive definite even so, as few tokens
     or a dead input make it, is an expected state: λ grows tenfold, up to the mean diagonal; then all elements beside
@@ -31,36 +37,49 @@ def upper_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
     Args:
         hessian: ``[columns, columns]``, symmetric, non-negative diagonal.
         damping: first λ over the mean of the diagonal.
+        order: int64 ``[columns]``, in which rows and columns are taken; None for their own.
 
     Returns:
-        float64 ``[columns, columns]``.
+        float64 ``[columns, columns]``, in the memory of one such matrix, which is all that is taken.
 
     Raises:
         ValueError: the matrix holds a value that is not finite.
     """
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         raise ValueError("the second moment of the inputs is not finite")
-    # a Cholesky factor of the matrix with its columns in reverse is an upper one in the right order
-    reverse = hessian.double().flip(0, 1)
-    diagonal = reverse.diagonal().clone()
+    columns = len(hessian)
+    order = torch.arange(columns, device=hessian.device) if order is None else order
+    reverse = order.flip(0)
+    diagonal = hessian.diagonal().double()[reverse]
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # column-major, as LAPACK wants it, which then works in place: the matrix may be larger than all else
+    lower = torch.empty(columns, columns, dtype=torch.float64, device=hessian.device).t()
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for tried in (damping, *(more for more in _MORE_DAMPING if more > damping)):
-        reverse.diagonal().copy_(diagonal + tried * mean)  # in place: the matrix may be larger than all else
-        lower, failed = torch.linalg.cholesky_ex(reverse)
+        for rows in _panels(columns):
+            lower[rows] = hessian[reverse[rows]][:, reverse].double()
+        lower.diagonal().copy_(diagonal + tried * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             if tried != damping:
                 incidents.note(_NOT_POSITIVE, f"damping {tried:g} in the place of {damping:g}")
-            del reverse
-            return lower.flip(0, 1)
+            return lower
     incidents.note(_NOT_POSITIVE, "no error feedback")
-    return (diagonal + damping * mean).clamp(min=damping * mean).sqrt().flip(0).diag()
+    lower.zero_().diagonal().copy_((diagonal + damping * mean).clamp(min=damping * mean).sqrt())
+    return lower
 
 
-def inverse_factor(hessian: Tensor, damping: float = _DAMPING) -> Tensor:
-    """Upper triangular U with ``UᵀU = (H + λI)⁻¹``, float32; arguments and errors as :func:`upper_factor`."""
-    factor = upper_factor(hessian, damping)
-    inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse).float()
+def inverse_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | None = None) -> Tensor:
+    """Upper triangular U with ``UᵀU = (H + λI)⁻¹``, float32; arguments and errors as :func:`reversed_factor`."""
+    lower = reversed_factor(hessian, damping, order)
+    columns = len(lower)
+    inverse = torch.empty(columns, columns, device=lower.device)
+    for panel in _panels(columns):
+        unit = torch.zeros(panel.stop - panel.start, columns, dtype=lower.dtype, device=lower.device).t()
+        at = torch.arange(panel.start, panel.stop, device=lower.device)
+        unit[columns - 1 - at, at - panel.start] = 1.0
+        inverse[:, panel] = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0)
+    return inverse
 
 
 def block_feedback(hessian: Tensor, width: int, damping: float = _DAMPING) -> Tensor:
@@ -71,17 +90,29 @@ def block_feedback(hessian: Tensor, width: int, damping: float = _DAMPING) -> Te
     with E the weight less its quantized value.
 
     Args:
-        hessian, damping: as in :func:`upper_factor`.
+        hessian, damping: as in :func:`reversed_factor`.
         width: columns of a block; divides their number.
 
     Returns:
         V, float32 ``[columns, columns]``.
     """
-    factor = upper_factor(hessian, damping)
-    blocks = len(factor) // width
-    by_block = factor.view(len(factor), blocks, width)
-    own = factor.view(blocks, width, blocks, width)[torch.arange(blocks), :, torch.arange(blocks)]
-    return torch.einsum("nbw,bwv->nbv", by_block, torch.linalg.inv(own)).reshape(factor.shape).float()
+    lower = reversed_factor(hessian, damping)
+    columns = len(lower)
+    blocks = columns // width
+    index = torch.arange(blocks, device=lower.device)
+    own = lower.t().view(blocks, width, blocks, width)[index, :, index].mT.flip(0, 1, 2)
+    unit = torch.linalg.inv(own)
+    result = torch.empty(columns, columns, device=lower.device)
+    for rows in _panels(columns):
+        upper = lower[columns - rows.stop : columns - rows.start].flip(0, 1)
+        by_block = upper.reshape(-1, blocks, width)
+        result[rows] = torch.einsum("nbw,bwv->nbv", by_block, unit).reshape(upper.shape).float()
+    return result
+
+
+def _panels(columns: int) -> Iterator[slice]:
+    for first in range(0, columns, _PANEL):
+        yield slice(first, min(first + _PANEL, columns))
 
 
 def compensate(
@@ -109,7 +140,7 @@ def compensate(
         Codes ``[rows, columns]`` of the dtype that ``nearest`` gives.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], damping)
+    factor = inverse_factor(hessian, damping, order)
     # column-major: the loop reads and writes columns
     original = weight.t()[order].contiguous()
     fixed = None if exact is None else exact.t()[order].contiguous()

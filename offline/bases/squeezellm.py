@@ -62,12 +62,12 @@ class SqueezeLLM(Base):
 
 
 def feedback_codes(weight: Tensor, hessian: Tensor, table: Tensor, removed: Tensor) -> Tensor:
-    """Codes under a table per row, ascending, with error feedback: int64 ``[rows, columns]``."""
+    """Codes under a table per row, ascending, with error feedback: uint8 ``[rows, columns]``."""
     borders = (table[:, 1:] + table[:, :-1]) / 2
 
     def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
         codes = (values[:, None] > borders).sum(1)
-        return codes, table.gather(1, codes[:, None])[:, 0]
+        return codes.to(torch.uint8), table.gather(1, codes[:, None])[:, 0]
 
     return compensate(weight, hessian, nearest, exact=removed)
 
@@ -78,7 +78,7 @@ def least_squares_table(weight: Tensor, hessian: Tensor, codes: Tensor, table: T
     Args:
         weight: float32 ``[rows, columns]``.
         hessian: float32 ``[columns, columns]``.
-        codes: int64 ``[rows, columns]``.
+        codes: uint8 ``[rows, columns]``.
         table: float32 ``[rows, entries]``, towards which entries that nothing uses are drawn.
         removed: bool ``[rows, columns]``.
 
@@ -92,11 +92,12 @@ def least_squares_table(weight: Tensor, hessian: Tensor, codes: Tensor, table: T
     at_once = max(1, _ROWS_AT_ONCE_ELEMENTS // (weight.shape[1] * entries))
     for first in range(0, len(weight), at_once):
         rows = slice(first, first + at_once)
-        chosen = torch.nn.functional.one_hot(codes[rows], entries).float() * kept[rows, :, None]
+        own = codes[rows].long()
+        chosen = torch.nn.functional.one_hot(own, entries).float() * kept[rows, :, None]
         weighted = torch.einsum("ij,rje->rie", hessian, chosen)
         normal = torch.einsum("rie,rif->ref", chosen, weighted)
         # what the present table leaves over is solved for: better conditioned than the weight itself
-        left = (weight[rows] - table[rows].gather(1, codes[rows])) * kept[rows]
+        left = (weight[rows] - table[rows].gather(1, own)) * kept[rows]
         right = torch.einsum("rie,ri->re", weighted, left)
         ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-20)
         normal += ridge[:, None, None] * torch.eye(entries, device=weight.device)

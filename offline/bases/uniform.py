@@ -73,7 +73,7 @@ class UniformBase(Base):
         def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
             scale, zero = (part[column] for part in by_column)
             codes = (values / scale).round_().add_(zero).clamp_(0, grid.largest)
-            return codes, (codes - zero).mul_(scale)
+            return codes.to(torch.uint8), (codes - zero).mul_(scale)
 
         codes = compensate(weight, layer.require_inputs().hessian, nearest, exact=removed)
         return to_layer(self.spec(*weight.shape[::-1]), codes, grid)

@@ -180,7 +180,7 @@ def test_least_squares_table_is_the_optimum() -> None:
     table = least_squares_table(layer.weight, hessian, codes, start, exact)
 
     def error(table: torch.Tensor) -> torch.Tensor:
-        left = (table.gather(1, codes) - layer.weight) * ~exact
+        left = (table.gather(1, codes.long()) - layer.weight) * ~exact
         return (left @ hessian * left).sum(1)
 
     best = error(table)
