@@ -16,11 +16,13 @@ from .objections import ObjectionError
 from .progress import track
 from .stages import Stages
 
-__all__ = ["Calibration", "CalibrationError", "check_dataset", "load_calibration", "read_text"]
+__all__ = ["Calibration", "CalibrationError", "check_calibration", "check_dataset", "load_calibration", "read_text"]
 
 log = logging.getLogger(__name__)
 SELF = "self"
-_GENERATION_BATCH = 16
+GENERATION_BATCH = 16
+"""Sequences that a model writes at a time."""
+_CHARACTERS_AT_ONCE = 1 << 18
 
 
 class CalibrationError(ObjectionError):
@@ -76,6 +78,24 @@ def check_dataset(dataset: str) -> None:
         ) from None
 
 
+def check_calibration(dataset: str, tokenizer: Any, *, num_samples: int, seq_len: int) -> None:
+    """Refuse a data set that cannot be had, and a file that is malformed or too short; arguments as below.
+
+    Raises:
+        CalibrationError: the reason.
+    """
+    check_dataset(dataset)
+    if not Path(dataset).is_file():
+        return
+    text, needed, found = read_text(dataset), num_samples * seq_len, 0
+    # as much of it as it takes: there may be gigabytes
+    for begin in range(0, len(text), _CHARACTERS_AT_ONCE):
+        found += len(tokenizer(text[begin : begin + _CHARACTERS_AT_ONCE], add_special_tokens=False).input_ids)
+        if found >= needed:
+            return
+    raise _too_short(dataset, found, num_samples, seq_len)
+
+
 def load_calibration(
     dataset: str,
     model: Any,
@@ -115,10 +135,7 @@ def _windows(dataset: str, tokenizer: Any, num_samples: int, seq_len: int, seed:
     text = read_text(dataset)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     if ids.numel() < num_samples * seq_len:
-        raise CalibrationError(
-            f"{dataset}: {ids.numel()} tokens, but {num_samples} sequences of {seq_len} need "
-            f"{num_samples * seq_len}; lower --num-samples or --seq-len"
-        )
+        raise _too_short(dataset, ids.numel(), num_samples, seq_len)
     # one window from each of num_samples equal stretches: random, and never overlapping
     stretch = ids.numel() // num_samples
     generator = torch.Generator().manual_seed(seed)
@@ -127,13 +144,25 @@ def _windows(dataset: str, tokenizer: Any, num_samples: int, seq_len: int, seed:
     return torch.stack([ids[start : start + seq_len] for start in starts.tolist()])
 
 
+def _too_short(dataset: str, tokens: int, num_samples: int, seq_len: int) -> CalibrationError:
+    return CalibrationError(
+        f"{dataset}: {tokens} tokens, but {num_samples} sequences of {seq_len} need {num_samples * seq_len}; "
+        "lower --num-samples or --seq-len"
+    )
+
+
 def read_text(dataset: str, split: str = "train") -> str:
     """All text of a file (JSONL: the ``text`` field of each line) or of a Hub data set."""
     path = Path(dataset)
     if not path.is_file():
         check_dataset(dataset)
         return _hub_text(dataset, split)
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{dataset}: is not UTF-8 text (byte {error.start}); give a text or JSONL file"
+        ) from None
     if path.suffix != ".jsonl":
         return content
     texts = []
@@ -176,7 +205,7 @@ def _sample_from_model(
     state = {"tokens": tokens, "generator": generator.get_state()}
     begin = snapshot.restore(state)
     generator.set_state(state["generator"])
-    batches = list(zip(prompts.split(_GENERATION_BATCH), tokens.split(_GENERATION_BATCH), strict=True))
+    batches = list(zip(prompts.split(GENERATION_BATCH), tokens.split(GENERATION_BATCH), strict=True))
     steps = (len(batches) - begin) * max(seq_len - prompts.shape[1], 0)
     ticks = iter(track(range(steps), "sampling calibration text", total=steps))
     for number, (batch, sampled) in enumerate(batches[begin:], start=begin):

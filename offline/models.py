@@ -42,6 +42,7 @@ __all__ = [
     "other_tensors",
     "other_weights",
     "resolve_source",
+    "round_weights",
     "skeleton",
     "store_matrices",
     "target_dtype",
@@ -227,14 +228,7 @@ def load_causal_lm(
     model = _from_pretrained(AutoModelForCausalLM, source, revision=revision, **extra)
     separate_experts(model)
     target = target_dtype(dtype, next(model.parameters()).dtype)
-    # the 16-bit model is the reference: round once here, compute in float32 from there on. Buffers such as the
-    # rotary frequencies are computed, not stored, and must not be rounded.
-    kept = store_matrices(model)
-    for parameter in model.parameters():
-        rounded = parameter.data.to(target)
-        parameter.data = rounded if id(parameter) in kept else rounded.float()
-    for buffer in model.buffers():
-        buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
+    round_weights(model, target)
     model = model.eval().to(device)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -242,6 +236,20 @@ def load_causal_lm(
     model.requires_grad_(False)
     commit = getattr(model.config, "_commit_hash", None)
     return CausalLM(model, tokenizer, target, source, commit, files)
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round a model to the 16-bit type that is the reference, once; from here on it computes in float32.
+
+    Matrices are held in that type. Buffers such as the rotary frequencies are computed, not stored, and must not be
+    rounded.
+    """
+    kept = store_matrices(model)
+    for parameter in model.parameters():
+        rounded = parameter.data.to(dtype)
+        parameter.data = rounded if id(parameter) in kept else rounded.float()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
 
 
 def check_finite(lm: CausalLM) -> None:

@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import vllm_requant
 from vllm_requant.format.durable import json_text, write_bytes
+from vllm_requant.format.writer import check_folder
 
 from .cache import TensorCache
-from .objections import ObjectionError
+from .objections import ObjectionError, Objections
 from .ranks import current_ranks
 from .recipe import Recipe
 
@@ -77,23 +78,37 @@ class WorkFolder:
                 it was begun with other arguments or by another version, or another process uses it.
             OSError: it cannot be written.
         """
-        if resume and not (path / _ARGUMENTS).exists():
-            raise WorkError(f"{path} holds no conversion to resume; leave --resume out to begin one")
+        content = _content(arguments)
+        if resume:
+            _refuse(path, content, resume=resume, overwrite=overwrite)  # before a folder is made
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            content = {"version": vllm_requant.__version__, "arguments": json.loads(json.dumps(dict(arguments)))}
-            begun = path / _ARGUMENTS
-            if resume:
-                _compare(path, content)
-            else:
-                if begun.exists() and not overwrite:
-                    raise WorkError(
-                        f"{path} holds an unfinished conversion; pass --resume to go on with it, "
-                        "or --overwrite to begin anew"
-                    )
+        with _locked(path, "a+") as lock:
+            _refuse(path, content, resume=resume, overwrite=overwrite)
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            if not resume:
                 shutil.rmtree(path / _RESULTS, ignore_errors=True)
-                write_bytes(begun, json_text(content).encode())
+                write_bytes(path / _ARGUMENTS, json_text(content).encode())
             yield cls._of(path, cache)
+
+    @classmethod
+    def check(cls, path: Path, arguments: Mapping[str, object], *, resume: bool, overwrite: bool = False) -> None:
+        """Refuse what :meth:`open` would, and touch nothing; arguments as there.
+
+        Raises:
+            WorkError: for all reasons that there are.
+            OSError: the folder cannot be written.
+        """
+        objections = Objections()
+        with objections.collecting():
+            _refuse(path, _content(arguments), resume=resume, overwrite=overwrite)
+        if (path / _LOCK).exists():
+            with objections.collecting(), _locked(path, "r"):
+                pass
+        with objections.collecting():
+            check_folder(path, "--work-dir")
+        objections.raise_any()
 
     @classmethod
     @contextmanager
@@ -138,22 +153,43 @@ class WorkFolder:
 _ANEW = "begin anew with --overwrite, or name another --work-dir"
 
 
-def _compare(path: Path, content: Mapping[str, Any]) -> None:
-    begun = json.loads((path / _ARGUMENTS).read_text(encoding="utf-8"))
-    if begun["version"] != content["version"]:
-        raise WorkError(f"{path} was begun by version {begun['version']}, this is {content['version']}; {_ANEW}")
-    before, now = begun["arguments"], content["arguments"]
-    for name in [*before, *(name for name in now if name not in before)]:
-        if before.get(name) != now.get(name):
+def _content(arguments: Mapping[str, object]) -> dict[str, Any]:
+    """What is kept of arguments, as JSON has it."""
+    return {"version": vllm_requant.__version__, "arguments": json.loads(json.dumps(dict(arguments)))}
+
+
+def _refuse(path: Path, content: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Raises:
+    WorkError: what lies in the folder, or does not, forbids to begin there or to go on.
+    """
+    begun = path / _ARGUMENTS
+    if not resume:
+        if begun.exists() and not overwrite:
             raise WorkError(
+                f"{path} holds an unfinished conversion; pass --resume to go on with it, or --overwrite to begin anew"
+            )
+        return
+    if not begun.exists():
+        raise WorkError(f"{path} holds no conversion to resume; leave --resume out to begin one")
+    kept = json.loads(begun.read_text(encoding="utf-8"))
+    if kept["version"] != content["version"]:
+        raise WorkError(f"{path} was begun by version {kept['version']}, this is {content['version']}; {_ANEW}")
+    before, now = kept["arguments"], content["arguments"]
+    other = [name for name in dict.fromkeys((*before, *now)) if before.get(name) != now.get(name)]
+    if other:
+        raise WorkError(
+            *(
                 f"{path}: {name} is {now.get(name)} now, the conversion was begun with {before.get(name)}; "
                 f"give the same again, or {_ANEW}"
+                for name in other
             )
+        )
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with (path / _LOCK).open("a+") as file:
+def _locked(path: Path, mode: str) -> Iterator[IO[str]]:
+    """The folder's lock, opened in that mode, which holds the number of the process that has it."""
+    with (path / _LOCK).open(mode) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -162,7 +198,4 @@ def _locked(path: Path) -> Iterator[None]:
                 f"{path} is in use by process {file.read().strip() or 'unknown'}; wait for it, or name another "
                 "--work-dir and -o"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        yield file

@@ -178,6 +178,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture
+def fills_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room when a conversion begins."""
+    monkeypatch.setattr("vllm_requant.offline.checks.check_disk", lambda places: None)
+
+
+def test_too_little_room_is_refused_at_once(model: Path, tmp_path: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(900 << 10))
+    result = convert(model, small_disk / "out", "--work-dir", str(small_disk / "work"))
+    assert result.exit_code == 1
+    assert f"{small_disk / 'work'} takes" in result.stderr and "-o or --work-dir" in result.stderr
+    assert sorted(path.name for path in small_disk.iterdir()) == ["ballast"]
+
+
+@pytest.mark.usefixtures("fills_later")
 def test_a_full_disk_under_the_work(model: Path, tmp_path: Path, small_disk: Path) -> None:
     flags = ["--work-dir", str(small_disk / "work")]
     result = convert(model, tmp_path / "out", *flags)
@@ -191,6 +206,7 @@ def test_a_full_disk_under_the_work(model: Path, tmp_path: Path, small_disk: Pat
     assert convert(model, tmp_path / "out", "--resume", *flags).exit_code == 0
 
 
+@pytest.mark.usefixtures("fills_later")
 def test_a_full_disk_under_the_checkpoint(model: Path, tmp_path: Path, small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(900 << 10))
     flags = ["--work-dir", str(tmp_path / "work")]

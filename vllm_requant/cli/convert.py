@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .dry_run import show_dry_run
 from .options import Device, LowMemory, find_device
 from .output import byte_size, command_errors, incident_lines, print_json, set_up_logging, share
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..format import LayerSpec
+    from ..offline.checks import Request
     from ..offline.ranks import Ranks
     from ..offline.recipe import Recipe
-    from ..offline.work import WorkFolder
 
 __all__ = ["command"]
 
@@ -113,109 +111,88 @@ def command(
     stream: Annotated[
         bool, typer.Option("--stream", help="Leave the weights in their files and work block by block: any size.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what speaks against it, what comes out, and what it takes; stop.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Convert a model to a ReQuant checkpoint."""
     with command_errors(), _joined() as ranks:
-        from ..format.writer import check_output
-        from ..offline.cache import TensorCache
-        from ..offline.calibration import check_dataset
-        from ..offline.models import DTYPES, skeleton
-        from ..offline.plan import check_stream, plan
-        from ..offline.recipe import Recipe, RecipeError
-        from ..offline.work import WorkFolder, arguments_of, default_folder
+        import torch
 
-        place = find_device(device)
+        from ..offline.checks import Request, check
+        from ..offline.objections import Objections
+        from ..offline.recipe import Recipe
+        from ..offline.run_metrics import RunMetrics, check_metrics_file, recording
+
+        # everything that can be refused is refused before a weight is read, and all of it at once
+        objections = Objections()
+        place, recipe = torch.device("cpu"), None
+        with objections.collecting():
+            place = find_device(device)
         mapped = stream or ranks.together  # weights stay in their files
-        recipe = Recipe(
-            base=base,
-            bits=bits,
-            target_bpw=target_bpw,
-            target_size=target_size,
-            group_size=group_size,
-            state_bits=(16 if place.type == "cuda" else 12) if state_bits is None else state_bits,
-            outliers=outliers,  # type: ignore[arg-type]
-            significant=significant,
-            rounds=rounds,
-            metric=metric,
-            outlier_rule=outlier_rule,
-            refit=refit,
-            tune_epochs=0 if mapped and tune_epochs is None else tune_epochs,  # type: ignore[arg-type]
-            hessian=hessian,
-            quadrature=quadrature,
-            nodes=nodes,
-            labels=labels,
-            path_samples=path_samples,  # type: ignore[arg-type]
-            compute=compute,
-            lm_head_bits=lm_head_bits,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            seed=seed,
-        )
-        if mapped:
-            check_stream(model, recipe, place)
-        if dtype not in DTYPES:
-            raise RecipeError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-        # everything that can be refused is refused before a weight is read
+        with objections.collecting():
+            recipe = Recipe(
+                base=base,
+                bits=bits,
+                target_bpw=target_bpw,
+                target_size=target_size,
+                group_size=group_size,
+                state_bits=(16 if place.type == "cuda" else 12) if state_bits is None else state_bits,
+                outliers=outliers,  # type: ignore[arg-type]
+                significant=significant,
+                rounds=rounds,
+                metric=metric,
+                outlier_rule=outlier_rule,
+                refit=refit,
+                tune_epochs=0 if mapped and tune_epochs is None else tune_epochs,  # type: ignore[arg-type]
+                hessian=hessian,
+                quadrature=quadrature,
+                nodes=nodes,
+                labels=labels,
+                path_samples=path_samples,  # type: ignore[arg-type]
+                compute=compute,
+                lm_head_bits=lm_head_bits,
+                num_samples=num_samples,
+                seq_len=seq_len,
+                seed=seed,
+            )
         metrics: AbstractContextManager[None] = nullcontext()
         if metrics_file is not None:
-            from ..offline.run_metrics import RunMetrics, check_metrics_file, recording
-
-            check_metrics_file(metrics_file)
-            if not dry_run and ranks.first:
-                # from here on, so that a run that is refused does not leave the success of the one before
-                metrics = recording(
-                    RunMetrics(metrics_file, model=model, output=output, recipe=recipe, device=str(place))
-                )
+            with objections.collecting():
+                check_metrics_file(metrics_file)
+                if recipe is not None and not dry_run and ranks.first:
+                    # from here on, so that a run that is refused does not leave the success of the one before
+                    metrics = recording(
+                        RunMetrics(metrics_file, model=model, output=output, recipe=recipe, device=str(place))
+                    )
+        request = Request(
+            model=model,
+            output=output,
+            device=place,
+            dataset=calibration_dataset,
+            dtype=dtype,
+            revision=revision,
+            max_shard_size=max_shard_size,
+            low_memory=low_memory,
+            stream=stream,
+            mapped=mapped,
+            work_dir=work_dir,
+            resume=resume,
+            overwrite=overwrite,
+            cache=cache,
+        )
         with metrics:
-            check_output(output, overwrite=overwrite)
-            if recipe.needs_calibration:
-                check_dataset(calibration_dataset)
-            planned = _describe_plan(plan(skeleton(model, revision=revision), recipe))
+            planned = check(request, recipe, objections)
             if dry_run:
-                _show(planned | {"dry_run": True, "model": model, "has_target": recipe.has_target}, as_json)
+                if ranks.first:
+                    show_dry_run(request, planned, objections.reasons, as_json=as_json)
+                objections.raise_any()
                 return
-            recipe = recipe.on(place)
-            arguments = arguments_of(
-                recipe,
-                MODEL=model,
-                **{
-                    "--calibration-dataset": calibration_dataset,
-                    "--dtype": dtype,
-                    "--revision": revision,
-                    "--max-shard-size": max_shard_size,
-                    "--device": place.type,
-                    "--low-memory": low_memory,
-                    "--stream": stream,
-                },
-            )
-            with (
-                WorkFolder.open_together(
-                    work_dir or default_folder(output),
-                    arguments,
-                    resume=resume,
-                    overwrite=overwrite,
-                    cache=TensorCache(cache, snapshot_every=snapshot_every),
-                ) as work,
-                _resumable(work.path),
-            ):
-                result = _convert(
-                    model,
-                    output,
-                    recipe,
-                    work,
-                    dataset=calibration_dataset,
-                    dtype=dtype,
-                    revision=revision,
-                    overwrite=overwrite,
-                    max_shard_size=max_shard_size,
-                    device=place,
-                    low_memory=low_memory,
-                    mapped=mapped,
-                    sharded=mapped and not stream,
-                )
+            objections.raise_any()
+            assert recipe is not None
+            result = _convert(request, recipe, snapshot_every)
         if ranks.first:
             _show(result, as_json)
 
@@ -230,53 +207,51 @@ def _joined() -> Iterator["Ranks"]:
         yield ranks
 
 
-def _convert(
-    model: str,
-    output: Path,
-    recipe: "Recipe",
-    work: "WorkFolder",
-    *,
-    dataset: str,
-    dtype: str,
-    revision: str | None,
-    overwrite: bool,
-    max_shard_size: str,
-    device: "torch.device",
-    low_memory: bool,
-    mapped: bool,
-    sharded: bool,
-) -> dict[str, Any]:
+def _convert(request: "Request", recipe: "Recipe", snapshot_every: float) -> dict[str, Any]:
+    from ..offline.cache import TensorCache
     from ..offline.mapped import load_mapped
     from ..offline.models import load_causal_lm
     from ..offline.save import convert_and_save
     from ..offline.stages import Stages
+    from ..offline.work import WorkFolder
 
-    started = time.monotonic()
-    log.info("loading %s, on %s", model, device)
-    with Stages().stage("load"):
-        if mapped:
-            lm = load_mapped(model, work.path / "rounded", revision=revision, dtype=dtype, sharded=sharded)
-        else:
-            lm = load_causal_lm(model, revision=revision, dtype=dtype, device=device)
-    config, conversion = convert_and_save(
-        lm,
-        output,
-        recipe,
-        dataset=dataset,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        low_memory=low_memory,
-        work=work,
+    recipe = recipe.on(request.device)
+    opened = WorkFolder.open_together(
+        request.work_folder,
+        request.arguments(recipe),
+        resume=request.resume,
+        overwrite=request.overwrite,
+        cache=TensorCache(request.cache, snapshot_every=snapshot_every),
     )
+    source: dict[str, Any] = {"revision": request.revision, "dtype": request.dtype}
+    with opened as work, _resumable(work.path):
+        started = time.monotonic()
+        log.info("loading %s, on %s", request.model, request.device)
+        with Stages().stage("load"):
+            if request.mapped:
+                sharded = not request.stream
+                lm = load_mapped(request.model, work.path / "rounded", sharded=sharded, **source)
+            else:
+                lm = load_causal_lm(request.model, device=request.device, **source)
+        config, conversion = convert_and_save(
+            lm,
+            request.output,
+            recipe,
+            dataset=request.dataset,
+            overwrite=request.overwrite,
+            max_shard_size=request.max_shard_size,
+            low_memory=request.low_memory,
+            work=work,
+        )
     report = conversion.report
     return {
-        "output": str(output),
+        "output": str(request.output),
         "layers": len(config.layers),
         "bits_per_weight": config.bits_per_weight,
         "nnz": config.nnz,
         "quantized_bytes": config.nbytes,
         "integrals": [
-            {key: value for key, value in integral.items() if key != "predicted_by_layer"}
+            {key: integral[key] for key in ("stage", "predicted", "actual", "relative_error")}
             for integral in report["integrals"]
         ],
         "calibration_loss_original": report.get("calibration_loss_original"),
@@ -304,30 +279,12 @@ def _resumable(work: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _describe_plan(specs: "dict[str, LayerSpec]") -> dict[str, Any]:
-    from ..format import CheckpointConfig
-
-    config = CheckpointConfig(layers=specs)
-    return {
-        "layers": len(specs),
-        "weights": config.numel,
-        "bits_per_weight": config.bits_per_weight,
-        "nnz": config.nnz,
-        "quantized_bytes": config.nbytes,
-    }
-
-
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
     typer.echo(f"{result['layers']} layers at {result['bits_per_weight']:.3f} bits per weight,", nl=False)
     typer.echo(f" {result['nnz']} sparse elements, {result['quantized_bytes'] / 2**20:.1f} MiB")
-    if "dry_run" in result:
-        if result["has_target"]:
-            typer.echo("each layer's precision and the sparse part will be chosen, up to the target")
-        typer.echo("dry run: nothing was written")
-        return
     for integral in result["integrals"]:
         typer.echo(
             f"ΔF {integral['stage']}: predicted {integral['predicted']:.5f}, actual {integral['actual']:.5f} "

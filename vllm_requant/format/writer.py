@@ -23,7 +23,7 @@ from .model_config import without_code
 from .reader import CONFIG_NAME, INDEX_NAME
 from .schema import CheckpointConfig
 
-__all__ = ["check_output", "staged_folder", "write_tensors"]
+__all__ = ["check_folder", "check_output", "check_shard_size", "existing_folder", "staged_folder", "write_tensors"]
 
 _PARTIAL, _RETIRED = ".partial-", ".old-"
 
@@ -40,13 +40,41 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         raise NotADirectoryError(f"{folder} is a file; name a folder with -o")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists and is not empty; pass --overwrite or name another folder with -o")
-    above = folder.absolute().parent
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir():
-        raise NotADirectoryError(f"{above} is a file, so {folder} cannot be created")
-    if not os.access(above, os.W_OK):
-        raise PermissionError(f"{above} is not writable, so {folder} cannot be created")
+    check_folder(folder.absolute().parent, "-o")
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse a folder in which nothing could be written, whether it exists or has to be made.
+
+    Args:
+        flag: names another one.
+
+    Raises:
+        NotADirectoryError: it, or the nearest that exists above it, is a file.
+        PermissionError: that cannot be written to.
+    """
+    nearest = existing_folder(folder)
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is a file, so nothing can be written to {folder}; name another {flag}")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{nearest} is not writable, so nothing can be written to {folder}; name another {flag}")
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest
+
+
+def check_shard_size(size: str) -> None:
+    """Refuse what is no size of a file.
+
+    Raises:
+        ValueError: huggingface_hub cannot read it.
+    """
+    split_state_dict_into_shards_factory({}, get_storage_size=lambda _: 0, filename_pattern="", max_shard_size=size)
 
 
 @contextmanager
