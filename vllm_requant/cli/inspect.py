@@ -8,7 +8,7 @@ import typer
 
 from .output import command_errors, incident_lines, print_json, set_up_logging
 
-__all__ = ["command", "describe"]
+__all__ = ["command", "describe", "facts"]
 
 
 def command(
@@ -65,20 +65,28 @@ def describe(folder: Path, *, with_layers: bool = False) -> dict[str, Any]:
     return result
 
 
-def _show(result: dict[str, Any]) -> None:
-    size = result["bytes"]
-    mib = {name: value / 2**20 for name, value in size.items()}
-    typer.echo(f"{result['folder']}: format version {result['format_version']}")
-    typer.echo("  kinds            " + ", ".join(f"{kind} × {count}" for kind, count in result["kinds"].items()))
-    typer.echo(f"  bits per weight  {result['bits_per_weight']:.4f} (every stored byte counted)")
-    typer.echo(f"  sparse           {result['nnz']} elements, {100 * result['sparse_share']:.3f} %")
-    typer.echo(f"  quantized        {mib['dense']:.1f} MiB dense + {mib['sparse']:.1f} MiB sparse")
-    typer.echo(f"  unquantized      {mib['unquantized']:.1f} MiB")
-    typer.echo(f"  total            {mib['total']:.1f} MiB; {mib['total_16bit']:.1f} MiB in 16 bit")
+def facts(result: dict[str, Any]) -> dict[str, str]:
+    """What :func:`describe` found, in words."""
+    mib = {name: value / 2**20 for name, value in result["bytes"].items()}
+    lines = {
+        "kinds": ", ".join(f"{kind} × {count}" for kind, count in result["kinds"].items()),
+        "bits per weight": f"{result['bits_per_weight']:.4f} (every stored byte counted)",
+        "sparse": f"{result['nnz']} elements, {100 * result['sparse_share']:.3f} %",
+        "quantized": f"{mib['dense']:.1f} MiB dense + {mib['sparse']:.1f} MiB sparse",
+        "unquantized": f"{mib['unquantized']:.1f} MiB",
+        "total": f"{mib['total']:.1f} MiB; {mib['total_16bit']:.1f} MiB in 16 bit",
+    }
     recipe = result["provenance"].get("recipe")
     if recipe:
-        typer.echo(f"  source           {result['provenance'].get('source')}")
-        typer.echo("  recipe           " + ", ".join(f"{key} {_plain(value)}" for key, value in recipe.items()))
+        lines["source"] = str(result["provenance"].get("source"))
+        lines["recipe"] = ", ".join(f"{key} {_plain(value)}" for key, value in recipe.items())
+    return lines
+
+
+def _show(result: dict[str, Any]) -> None:
+    typer.echo(f"{result['folder']}: format version {result['format_version']}")
+    for name, value in facts(result).items():
+        typer.echo(f"  {name:<16} {value}")
     for line in incident_lines(result["provenance"].get("incidents")):
         typer.echo(f"  incident         {line}")
     for name, layer in result.get("per_layer", {}).items():

@@ -1,0 +1,135 @@
+"""What is on disk about conversions of a model."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_requant.format.reader import Checkpoint
+from vllm_requant.kernels.reference import row_index
+
+from ..objections import ObjectionError
+from ..save import REPORT_NAME, TIMINGS_NAME
+
+__all__ = ["Conversion", "Evidence", "EvidenceError", "place"]
+
+_PLACE = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+_EXPERT = re.compile(r"\.\d+\.")
+
+
+class EvidenceError(ObjectionError):
+    """A file of results cannot be read, or is of another kind than was said."""
+
+
+def place(layer: str) -> tuple[int, str] | None:
+    """Number of a layer's block, and its name inside the block, experts together; None for one in no block."""
+    found = _PLACE.search(layer)
+    if found is None:
+        return None
+    return int(found[1]), _EXPERT.sub(".", found[2]).rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint and what its conversion left beside it.
+
+    Attributes:
+        folder: of the checkpoint.
+    """
+
+    folder: Path
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.folder)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What was measured; empty if the checkpoint came without."""
+        return _object(self.folder / REPORT_NAME)
+
+    @cached_property
+    def timings(self) -> dict[str, Any]:
+        """Seconds and memory of the stages; likewise."""
+        return _object(self.folder / TIMINGS_NAME)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        recipe = self.checkpoint.config.provenance.get("recipe")
+        return recipe if isinstance(recipe, dict) else {}
+
+    def positions(self) -> Iterator[tuple[str, tuple[int, int], torch.Tensor, torch.Tensor]]:
+        """The residual of every layer: name, shape, int64 rows and columns of its elements."""
+        for name, layer in self.checkpoint.layers():
+            if layer.sparse is not None:
+                shape = layer.spec.out_features, layer.spec.in_features
+                yield name, shape, row_index(layer.sparse.indptr), layer.sparse.indices.to(torch.int64)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a page is made of.
+
+    Attributes:
+        conversions: checkpoints that are looked at closely.
+        results: of sweeps, one object a run, see :mod:`~..sweep`.
+        nodes: of the study of quadratures, see :mod:`~..studies.nodes`; None without.
+    """
+
+    conversions: list[Conversion] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    nodes: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, folders: list[Path], results: list[Path], nodes: Path | None) -> "Evidence":
+        """Open checkpoints and read files of results.
+
+        Raises:
+            ReQuantFormatError: a folder is no checkpoint.
+            EvidenceError: a file is not what it is said to be.
+        """
+        conversions = [Conversion(folder) for folder in folders]
+        for conversion in conversions:
+            conversion.checkpoint  # noqa: B018  # refused here, before anything is drawn
+        rows = [row for path in results for row in _rows(path)]
+        study = None
+        if nodes is not None:
+            study = _object(nodes)
+            if not isinstance(study.get("rows"), list):
+                raise EvidenceError(f"{nodes}: is not what the study of nodes writes")
+        return cls(conversions, rows, study)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvidenceError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise EvidenceError(f"{path}: does not hold a JSON object")
+    return content
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise EvidenceError(f"{path}: is not a file of sweep results, a JSON object a line ({error})") from None
+    if not rows or not all(
+        isinstance(row, dict) and {"name", "bits_per_weight", "scores"} <= row.keys() for row in rows
+    ):
+        raise EvidenceError(
+            f"{path}: is not a file of sweep results, with name, bits_per_weight and scores in each line"
+        )
+    return rows
