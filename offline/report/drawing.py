@@ -71,7 +71,9 @@ def write_svg(figure: "Figure", *, salt: str = "") -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same in every picture; nothing refers to them
+    meant = set(re.findall(r"#([\w-]+)", svg))
+    # the others are the same in every picture
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in meant else "", svg)
     svg = re.sub(r'^<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg)
     svg = re.sub(r"font: ([^;\"]*?) '[^;\"]*", r"font: \1 var(--font)", svg)
     for colour, variable in VARIABLES.items():

@@ -1,6 +1,7 @@
 """Figures: a table of numbers each, and how it is drawn. What is not known is left out, not guessed."""
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: 
         axes.legend(ncols=2)
 
     return Figure(
-        f"pareto-{score.partition('_')[0]}-{text}",
+        f"pareto-{score.partition('_')[0]}-{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}",
         f"{text}: {label.partition(' from')[0]} and size",
         "Open circles are bases alone, diamonds ReQuant with the same base in as many bits, crosses controls: other "
         "sparse weights in as many bits. Lower is better." + (f" Off the scale: {', '.join(far)}." if far else ""),
@@ -318,7 +319,7 @@ def _density(conversion: Conversion) -> Iterator[Figure]:
             axes.grid(False)
             axes.spines[["left", "bottom"]].set_visible(False)
             # a few full rows or columns must not leave everything else dark
-            axes.imshow((1.0 + counts).log(), aspect="auto", cmap="viridis", interpolation="nearest")
+            axes.imshow((1.0 + counts).log().numpy(), aspect="auto", cmap="viridis", interpolation="nearest")
 
     yield Figure(
         "residual-density",

@@ -1,0 +1,171 @@
+"""The page and its files, from a real conversion and from results that are written by hand."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests import tiny
+from vllm_requant.cli import app
+from vllm_requant.offline.models import load_causal_lm
+from vllm_requant.offline.recipe import Recipe
+from vllm_requant.offline.report.evidence import Evidence, EvidenceError, place
+from vllm_requant.offline.report.figures import conversion_figures
+from vllm_requant.offline.save import REPORT_NAME, convert_and_save
+
+VOID = {"meta", "br", "link"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    lm = load_causal_lm(str(tiny.save(folder / "in", "qwen3_moe")))
+    recipe = Recipe(bits=3, num_samples=4, seq_len=24, nodes=2, outliers=0.01, significant=0.004, tune_epochs=0)
+    convert_and_save(lm, folder / "converted", recipe)
+    return folder / "converted"
+
+
+def results(folder: Path) -> Path:
+    def row(name: str, bits: float, perplexity: float) -> dict[str, Any]:
+        score = {"perplexity": perplexity, "reference_perplexity": 20.0, "kl_divergence": perplexity / 100}
+        return {"name": name, "bits_per_weight": bits, "nnz": 5, "scores": {"text <1>": score}}
+
+    rows = [row("rtn-3", 3.3, 900.0), row("rtn-3-requant", 3.3, 25.0), row("rtn-3-by-random", 3.3, 30.0)]
+    path = folder / "results.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return path
+
+
+def nodes(folder: Path) -> Path:
+    rows = [
+        {"rule": rule, "nodes": count, "predicted": 0.1, "actual": 0.2, "relative_error": 0.5 / count}
+        for rule in ("gauss", "uniform")
+        for count in (2, 4)
+    ]
+    path = folder / "nodes.json"
+    path.write_text(json.dumps({"rows": rows}))
+    return path
+
+
+class Page(HTMLParser):
+    """What matters of a page: that its tags match, what it loads, names that its parts refer to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: set[str] = set()
+        self.loads: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            value = value or ""
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href") and not value.startswith("data:"):
+                (self.references.add(value[1:]) if value.startswith("#") else self.loads.append(value))
+            self.references |= set(re.findall(r"url\(#([^)]*)\)", value))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_page_of_everything(tmp_path: Path, checkpoint: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--results", str(results(tmp_path)), "--nodes", str(nodes(tmp_path)), "-o", str(out)]
+    done = CliRunner().invoke(app, ["report", str(checkpoint), *arguments])
+    assert done.exit_code == 0, done.output
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    assert not page.loads
+    assert "<script" not in text
+    assert page.references <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids)), "two pictures share a name"
+    words = " ".join(page.words)
+    for part in ("text <1>", "Off the scale: rtn-3 (900)", "ReQuant", "converted", "Mean PQI by layer", "codes"):
+        assert part in words, part
+    # colours are the page's: it may be light or dark
+    assert "#1f2328" not in text.partition("</style>")[2]
+    names = {"pareto-kl-text-1", "pareto-perplexity-text-1", "nodes"}
+    assert names == {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.csv")}
+    own = {path.stem for path in (out / "converted").glob("*.png")}
+    assert own >= {"delta-f", "coverage", "sensitivity", "outlier-ratio", "residual-share", "residual-density", "sizes"}
+    assert "stages" in own
+
+
+def test_numbers_are_those_of_the_conversion(checkpoint: Path) -> None:
+    evidence = Evidence.read([checkpoint], [], None)
+    figures = {figure.name: figure for figure in conversion_figures(evidence.conversions[0])}
+    report = json.loads((checkpoint / REPORT_NAME).read_text())
+    config = evidence.conversions[0].checkpoint.config
+    first = report["integrals"][0]
+    assert figures["delta-f"].rows[0] == (first["stage"], first["predicted"], first["actual"], first["relative_error"])
+    assert figures["coverage"].rows[-1] == (1.0, pytest.approx(1.0))
+    q = next(row[2] for row in figures["sensitivity"].rows if row[:2] == (1, "q_proj"))
+    name = "model.layers.1.self_attn.q_proj"
+    assert q == pytest.approx(first["pqi_by_layer"][name] / config.layers[name].numel)
+    assert sum(row[3] for row in figures["residual-density"].rows) == config.nnz
+    stored = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert sum(row[1] for row in figures["sizes"].rows) == pytest.approx(stored, rel=0.2)
+    assert sum(row[1] for row in figures["sizes"].rows) < stored  # less the header
+
+
+def test_same_evidence_same_bytes(tmp_path: Path, checkpoint: Path) -> None:
+    for run in ("one", "two"):
+        assert CliRunner().invoke(app, ["report", str(checkpoint), "-o", str(tmp_path / run)]).exit_code == 0
+    one, two = ((tmp_path / run / "report.html").read_bytes() for run in ("one", "two"))
+    assert one == two
+
+
+def test_plot_draws_what_is_asked_for(tmp_path: Path, checkpoint: Path) -> None:
+    done = CliRunner().invoke(app, ["plot", str(checkpoint), "-o", str(tmp_path), "--only", "sizes"])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in tmp_path.iterdir()} == {"sizes.png", "sizes.csv", "sizes.json"}
+    with (tmp_path / "sizes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["part"] for row in rows} >= {"codes", "tables", "sparse: values", "not quantized"}
+    refused = CliRunner().invoke(app, ["plot", str(checkpoint), "-o", str(tmp_path), "--only", "size"])
+    assert refused.exit_code != 0
+    assert "choose one of delta-f" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "JSON object a line"), ('{"name": "a"}\n', "bits_per_weight"), ("", "bits_per_weight"), ("[1]\n", "bits")],
+)
+def test_results_of_another_kind_are_refused(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    with pytest.raises(EvidenceError, match=reason):
+        Evidence.read([], [path], None)
+
+
+def test_places() -> None:
+    assert place("model.layers.11.self_attn.q_proj") == (11, "q_proj")
+    assert place("model.layers.3.mlp.experts.17.up_proj") == (3, "up_proj")
+    assert place("model.layers.0.mlp.shared_expert.up_proj") == (0, "up_proj")
+    assert place("lm_head") is None
+
+
+def test_nothing_to_report() -> None:
+    done = CliRunner().invoke(app, ["report"])
+    assert done.exit_code != 0
+    assert "name checkpoints, or --results" in done.stderr
