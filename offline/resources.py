@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def memory_needed(
     on_device = 2 * sum(parameter.numel() for parameter in model.parameters())
     if done & {"forward", "tune"}:
         on_device += (4 if recipe.compute == "float32" else 2) * quantized  # those that a loss is taken at
-    collected = _hessians(layers) if done & {"guided", "inputs"} else 0
+    collected = _hessians(layers, done)
     if done & {"guided", "gradient"}:
         collected += (_MOMENTS + _SEQUENCE) * quantized
     if "integral" in done and _keeps_start(work):
@@ -75,7 +75,7 @@ def disk_needed(model: Any, specs: Mapping[str, LayerSpec], work: Workload) -> d
     for counts in work.values():
         count.update(counts)
     kept = _MOMENTS * quantized * (count["integral"] + _keeps_start(work))
-    kept += _hessians(layers) if count["guided"] or count["inputs"] else 0
+    kept += _hessians(layers, {name for name, times in count.items() if times})
     kept += dense * (count["quantize"] + count["refit"])
     others = sum(_STORED_BYTES * tensor.numel() for tensor in other_weights(model, set(specs)).values())
     return {"checkpoint": sum(spec.nbytes for spec in specs.values()) + others, "work": kept}
@@ -133,9 +133,12 @@ def _keeps_start(work: Workload) -> bool:
     return any(work.get(stage, {}).get(name) for stage, name in (("inputs", "guided"), ("gradients", "gradient")))
 
 
-def _hessians(layers: Mapping[str, nn.Linear]) -> int:
-    """Bytes of the second moments of the inputs of all layers."""
-    return sum(4 * layer.in_features**2 for layer in layers.values())
+def _hessians(layers: Mapping[str, nn.Linear], done: Collection[str]) -> int:
+    """Bytes of the second moments of the inputs: of every layer, or of every input that layers have in common."""
+    if "guided" in done:
+        return sum(4 * layer.in_features**2 for layer in layers.values())
+    inputs = {(name.rpartition(".")[0], layer.in_features) for name, layer in layers.items()}
+    return sum(4 * features**2 for _, features in inputs) if "inputs" in done else 0
 
 
 def _host_memory() -> int:

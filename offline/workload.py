@@ -46,6 +46,9 @@ def workload(recipe: Recipe, *, writes_text: bool, refits: bool) -> Workload:
         stages[stage]["gradient"] += count * apart * recipe.nodes
         stages[stage]["integral"] += count
 
+    # a loss that was taken before is not taken again
+    chosen_by_loss = recipe.has_target
+
     if recipe.needs_calibration:
         if writes_text:
             batches = -(-recipe.num_samples // GENERATION_BATCH)
@@ -71,13 +74,18 @@ def workload(recipe: Recipe, *, writes_text: bool, refits: bool) -> Workload:
             if metric.needs_path:
                 integrals("outlier_ratio")
             losses("outlier_ratio", len(TAUS))
-        if recipe.significant and recipe.ranks and metric.needs_path and not metric.path_is_for_layers:
-            integrals("significant", recipe.rounds)
+            chosen_by_loss = True
+        if recipe.significant and recipe.outlier_rule != "base":
+            if metric.needs_path and not metric.path_is_for_layers:
+                integrals("significant", recipe.rounds)
+                losses("significant", -int(chosen_by_loss))
+            chosen_by_loss = False
     if refits:
         stages["refit"]["refit"] += 1
-        losses("refit_loss", 2)
+        losses("refit_loss", 2 - chosen_by_loss)
+        chosen_by_loss = True
     if recipe.tune_epochs:
-        losses("tuning", 2)
+        losses("tuning", 2 - chosen_by_loss)
         stages["tuning"]["tune"] += recipe.tune_epochs * fitted
     if recipe.needs_calibration:
         losses("final_loss")
