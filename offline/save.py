@@ -1,5 +1,8 @@
 """From a finished conversion to a folder: tensors, tokenizer, report, provenance."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,15 @@ import transformers
 
 import vllm_requant
 from vllm_requant.format import CheckpointConfig
-from vllm_requant.format.durable import json_text
+from vllm_requant.format.checksums import SUMS_NAME, amended_sums, read_sums
+from vllm_requant.format.durable import json_text, write_bytes
 from vllm_requant.format.experts import stored_name
+from vllm_requant.format.reader import Checkpoint
 from vllm_requant.format.writer import staged_folder, write_tensors
 
 from .cache import TensorCache, fingerprint
 from .calibration import Calibration, load_calibration
+from .card import CARD_NAME, inherited, kept, model_card
 from .lazy import LazyMapping
 from .models import CausalLM, check_finite, model_config, other_tensors
 from .observer import current_observer
@@ -23,7 +29,7 @@ from .recipe import Recipe
 from .stages import Stages
 from .work import WorkFolder
 
-__all__ = ["REPORT_NAME", "TIMINGS_NAME", "convert_and_save", "convert_on", "save"]
+__all__ = ["REPORT_NAME", "TIMINGS_NAME", "convert_and_save", "convert_on", "record_evaluation", "save"]
 
 REPORT_NAME = "requant_report.json"
 TIMINGS_NAME = "requant_timings.json"
@@ -142,17 +148,50 @@ def save(
         report = {"provenance": config.provenance, **conversion.report}
         timings = report.pop("stages")
         (staging / REPORT_NAME).write_text(json_text(report), encoding="utf-8")
+        others = other_tensors(lm, set(conversion.layers))
+        card = model_card(config, sum(tensor.nbytes for tensor in others.values()), report, inherited(lm.source))
+        (staging / CARD_NAME).write_text(card, encoding="utf-8")
         write_tensors(
             staging,
             model_config(lm),
             config,
             LazyMapping(names, lambda stored: conversion.layers[names[stored]]),
-            other_tensors(lm, set(conversion.layers)),
+            others,
             max_shard_size=max_shard_size,
         )
         # apart, and without a checksum: all other files are the same, byte by byte, whenever the same is converted
         (staging / TIMINGS_NAME).write_text(json_text(timings), encoding="utf-8")
     return config
+
+
+def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Add a result to a checkpoint's report, and to its card unless somebody has changed that.
+
+    Args:
+        folder: of the checkpoint.
+        evaluation: ``dataset``, ``scores`` by metric, and ``conditions`` that make it comparable; one of the same data
+            and conditions is replaced.
+
+    Raises:
+        ReQuantFormatError: the folder is no checkpoint.
+        OSError: it cannot be written.
+    """
+    checkpoint = Checkpoint(folder)
+    path, card = folder / REPORT_NAME, folder / CARD_NAME
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    told = ("dataset", "conditions")
+    report["evaluations"] = [
+        entry for entry in report.get("evaluations", []) if any(entry[key] != evaluation[key] for key in told)
+    ] + [dict(evaluation)]
+    changed = {REPORT_NAME: json_text(report).encode()}
+    sums = read_sums(folder) or {}
+    if card.exists() and sums.get(CARD_NAME) == hashlib.sha256(card.read_bytes()).hexdigest():
+        text = model_card(checkpoint.config, checkpoint.other_nbytes(), report, kept(folder))
+        changed[CARD_NAME] = text.encode()
+    for name, content in changed.items():
+        write_bytes(folder / name, content)
+    if sums:
+        write_bytes(folder / SUMS_NAME, amended_sums(sums, changed))
 
 
 def _provenance(lm: CausalLM, recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import ReQuantFormatError
 from .untrusted import file_of, open_regular, read_bounded
 
-__all__ = ["SUMS_NAME", "check_sum", "file_sums", "read_sums", "require_listed"]
+__all__ = ["SUMS_NAME", "amended_sums", "check_sum", "file_sums", "read_sums", "require_listed"]
 
 SUMS_NAME = "SHA256SUMS"
 _MAX_BYTES = 2**20
@@ -29,7 +29,17 @@ def file_sums(folder: Path, coming: Mapping[str, bytes]) -> bytes:
     """
     sums = {path.name: _digest(path) for path in folder.iterdir() if path.is_file()}
     sums |= {name: hashlib.sha256(content).hexdigest() for name, content in coming.items()}
-    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode("utf-8")
+    return _lines(sums)
+
+
+def amended_sums(sums: Mapping[str, str], changed: Mapping[str, bytes]) -> bytes:
+    """The content of ``SHA256SUMS`` after some files have changed; what it says of the others stays as it is.
+
+    Args:
+        sums: of :func:`read_sums`.
+        changed: new contents by file name.
+    """
+    return _lines({**sums, **{name: hashlib.sha256(content).hexdigest() for name, content in changed.items()}})
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
@@ -79,6 +89,10 @@ def check_sum(folder: Path, name: str, expected: str) -> None:
     found = _digest(path)
     if found != expected:
         raise ReQuantFormatError(f"has SHA-256 {found}, {SUMS_NAME} says {expected}", file=path)
+
+
+def _lines(sums: Mapping[str, str]) -> bytes:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode("utf-8")
 
 
 def _digest(path: Path) -> str:
