@@ -1,4 +1,4 @@
-"""``requant convert --dry-run``, and conversions that are refused for the same reasons: all at once, nothing written."""
+"""``requant convert --dry-run``, and conversions refused for the same reasons: all at once, nothing written."""
 
 import json
 import os
