@@ -7,6 +7,8 @@
 ``outliers``     algorithm 1, the self-adaptive outlier ratio
 ``significant``  algorithm 2, the step-wise detach of significant weights
 ``pipeline``     the six steps
+``plan``         what they make of a model, known from its shapes; ``checks``: all that can be refused before they begin
+``workload``     how often they do what takes long; ``estimate``: how long that is, ``resources``: what room it takes
 ``observer``     what a conversion says about itself while it runs
 ``run_metrics``  the same as a file for Prometheus
 ``evaluate``     perplexity, KL divergence, top-1 agreement

@@ -186,7 +186,7 @@ def _plan(request: Request, recipe: Recipe, model: Any) -> Planned:
 
 def _check_room(request: Request, planned: Planned, objections: Objections) -> None:
     with objections.collecting():
-        check_memory(planned.memory, low_memory=request.low_memory)
+        check_memory(planned.memory, device=request.device, low_memory=request.low_memory)
     kept, flag = (request.work_folder, "--work-dir") if request.cache is None else (request.cache, "--cache")
     there = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()) if request.resume else 0
     with objections.collecting():

@@ -81,18 +81,19 @@ def disk_needed(model: Any, specs: Mapping[str, LayerSpec], work: Workload) -> d
     return {"checkpoint": sum(spec.nbytes for spec in specs.values()) + others, "work": kept}
 
 
-def check_memory(needed: Mapping[str, int], *, low_memory: bool) -> None:
+def check_memory(needed: Mapping[str, int], *, device: torch.device, low_memory: bool) -> None:
     """Refuse a conversion that cannot fit this machine, whatever else runs on it.
 
     Args:
         needed: as :func:`memory_needed` has it.
+        device, low_memory: as for the conversion.
 
     Raises:
         ObjectionError: a device is too small.
     """
     reasons = []
     for device_type, nbytes in needed.items():
-        present = _host_memory() if device_type == "cpu" else torch.cuda.mem_get_info()[1]
+        present = _host_memory() if device_type == "cpu" else torch.cuda.mem_get_info(device)[1]
         if nbytes > present:
             where = "memory" if device_type == "cpu" else "memory of the GPU"
             out = "--low-memory" if device_type != "cpu" and not low_memory else "--stream, with --device cpu,"

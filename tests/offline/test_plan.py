@@ -123,9 +123,9 @@ def test_passes_and_room_are_those_of_the_conversion(tmp_path: Path, choices: di
 
 
 def test_too_little_memory_or_disk_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    check_memory({"cpu": 1 << 20}, low_memory=False)
+    check_memory({"cpu": 1 << 20}, device=torch.device("cpu"), low_memory=False)
     with pytest.raises(ObjectionError, match=r"takes 1048576\.0 GiB of memory, there are .*; --stream"):
-        check_memory({"cpu": 1 << 50}, low_memory=False)
+        check_memory({"cpu": 1 << 50}, device=torch.device("cpu"), low_memory=False)
     check_disk([(tmp_path, 1 << 10, "-o")])
     with pytest.raises(ObjectionError, match=r"out takes 0.* and .*work takes .*-o or --work-dir"):
         check_disk([(tmp_path / "out", 0, "-o"), (tmp_path / "work", 1 << 60, "--work-dir")])
