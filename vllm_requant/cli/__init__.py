@@ -1,4 +1,4 @@
-"""``requant``: convert, inspect, verify, eval, sweep, report, serve, bench, load, soak. One file a command.
+"""``requant``: convert, inspect, verify, eval, sweep, tables, report, serve, bench, load, soak. One file a command.
 
 Results go to stdout, progress and logs to stderr. Exit status: 0 good, 1 failed, 2 wrong usage.
 """
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, convert, evaluate, inspect, load, report, serve, soak, sweep, verify
+from . import bench, convert, evaluate, inspect, load, report, serve, soak, sweep, tables, verify
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,7 @@ app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("eval")(evaluate.command)
 app.command("sweep")(sweep.command)
+app.command("tables")(tables.command)
 app.command("report")(report.command)
 app.command("plot")(report.plot_command)
 # what these do not know is vLLM's

@@ -1,0 +1,93 @@
+"""The paper's tables on a tiny model, and what they are made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests import tiny
+from vllm_requant.cli import app
+from vllm_requant.cli.tables import _markdown
+from vllm_requant.offline.models import find_layers, load_causal_lm
+from vllm_requant.offline.paper import PUBLISHED, published
+from vllm_requant.offline.pqi import Objective
+from vllm_requant.offline.second_order import expand
+from vllm_requant.offline.tables import TABLES, Table
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_expansion_is_that_of_finite_differences(tmp_path: Path, architecture: str) -> None:
+    lm = load_causal_lm(str(tiny.save(tmp_path, architecture)))
+    layers = find_layers(lm.model)
+    tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    objective = Objective(lm.model, layers, tokens)
+    start = {name: weight.float() for name, weight in objective.start.items()}
+    generator = torch.Generator().manual_seed(1)
+    end = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in start.items()}
+    names = list(layers)
+    groups = [names[:3], names[3:4]]
+
+    def loss(moved: list[str], part: float) -> float:
+        for name, layer in layers.items():
+            layer.weight.data = torch.lerp(start[name], end[name], part) if name in moved else start[name]
+        rows = [torch.nn.functional.cross_entropy(lm.model(row[None]).logits[0, :-1], row[1:]) for row in tokens]
+        return float(sum(row.double() for row in rows)) / len(rows)
+
+    alone, together = expand(objective, end, groups)
+    step = 0.05  # norms are computed in float32: less drowns, more bends
+    for group, terms in [(groups[0], alone[0]), (groups[1], alone[1]), (groups[0] + groups[1], together)]:
+        ahead, here, behind = (loss(group, part) for part in (step, 0.0, -step))
+        assert terms.first == pytest.approx((ahead - behind) / (2 * step), rel=1e-2)
+        assert terms.second == pytest.approx((ahead - 2 * here + behind) / (2 * step**2), rel=3e-2)
+
+
+def test_all_tables_of_a_model(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "Llama-3.2-1B")  # its name; what is beside is the paper's
+    arguments = [
+        "--num-samples",
+        "2",
+        "--seq-len",
+        "24",
+        "--max-tokens",
+        "48",
+        "--bits",
+        "2",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    done = CliRunner().invoke(app, ["tables", str(source), *arguments])
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "out" / "tables.json").read_text())
+    tables = {table["number"]: table for table in content["tables"]}
+    assert set(tables) == set(TABLES) == set(PUBLISHED)
+    by_block = {row[0]: row[1:] for row in tables[1]["rows"]}
+    assert sum(by_block[block][0] for block in (0, 1)) == pytest.approx(by_block["all"][0], rel=1e-4)
+    by_step = {row[0]: row[1:] for row in tables[2]["rows"]}
+    assert by_step[0.1][0] == pytest.approx(by_block["all"][0] / 10)
+    assert by_step[0.1][1] == pytest.approx(by_block["all"][1] / 100)
+    # near the original weights the expansion holds
+    assert by_step[0.01][2] == pytest.approx(by_step[0.01][0] + by_step[0.01][1], rel=0.1, abs=1e-6)
+    error = {tuple(row[:2]): row[3] for row in tables[3]["rows"]}
+    assert error["gauss", 8] < error["uniform", 8] < error["uniform", 4]
+    assert [row[0] for row in tables[4]["rows"]] == [row[0] for row in PUBLISHED[4]]
+    assert tables[5]["rows"][-1] == [1.0, pytest.approx(1.0)]
+    calibration = {row[0]: row[1] for row in tables[8]["rows"]}
+    assert calibration["original"] < calibration["outliers and significant"] < calibration["dense"]
+    assert "paper: actual ΔF" in done.stdout
+    assert "0.1" in done.stdout
+
+
+def test_numbers_of_the_paper_stand_beside_those_of_its_model_alone() -> None:
+    assert published(1, "meta-llama/Llama-3.2-1B") == PUBLISHED[1]
+    assert published(1, "SmolLM2-135M") is None
+    text = _markdown(Table(5, "title", ("of weights", "of PQI"), [(0.0015, 0.05), (0.5, 0.9)], 1, PUBLISHED[5]))
+    assert "| 0.0015 | 0.05 | 0.0453 |" in text
+    assert "| 0.5 | 0.9 |  |" in text
+
+
+def test_unknown_tables_are_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["tables", "model", "--only", "1,6", "-o", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "--only 1,6: write numbers of 1, 2, 3, 4, 5, 8" in done.stderr

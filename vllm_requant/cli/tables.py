@@ -1,0 +1,106 @@
+"""``requant tables``: the paper's tables for any model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Device, find_device
+from .output import command_errors, print_json, set_up_logging
+
+if TYPE_CHECKING:
+    from ..offline.tables import Table
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Local folder, Hub id, or GGUF file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables.md and tables.json.")],
+    only: Annotated[str, typer.Option(metavar="NUMBERS", help="Which tables.")] = "1,2,3,4,5,8",
+    bits: Annotated[int, typer.Option(help="Width of SqueezeLLM's codes.")] = 4,
+    calibration_dataset: Annotated[str, typer.Option(help="Calibration text, as for convert.")] = "self",
+    num_samples: Annotated[int, typer.Option(help="Calibration sequences; the paper has 100.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence; the paper has 2048.")] = 256,
+    dataset: Annotated[str, typer.Option(help="Test text of table 8.")] = "python-docs",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of it.")] = 8192,
+    compute: Annotated[str, typer.Option(help="Precision of the gradients: float32; bfloat16; auto.")] = "float32",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keeps gradients and integrals [OUTPUT/cache].")] = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Estimates and actual losses, quadratures, PQI by sublayer and share, ablation: tables 1 to 5 and 8."""
+    set_up_logging()
+    with command_errors():
+        from ..format.durable import json_text, write_bytes
+        from ..offline.cache import TensorCache
+        from ..offline.calibration import check_dataset, load_calibration
+        from ..offline.evaluate import BUILTIN_DATASET, EvaluationText, evaluation_windows
+        from ..offline.models import load_causal_lm, resolve_source
+        from ..offline.recipe import RecipeError
+        from ..offline.tables import TABLES, Tables
+
+        wanted = [int(number) for number in only.split(",") if number.strip().isdigit()]
+        if not wanted or any(number not in TABLES for number in wanted):
+            raise RecipeError(f"--only {only}: write numbers of {', '.join(map(str, TABLES))}")
+        check_dataset(calibration_dataset)
+        if dataset != BUILTIN_DATASET:
+            check_dataset(dataset)
+        resolve_source(model)
+        text = EvaluationText(dataset)
+        output.mkdir(parents=True, exist_ok=True)
+        kept = TensorCache(cache or output / "cache")
+        lm = load_causal_lm(model, revision=revision, device=find_device(device))
+        calibration = load_calibration(
+            calibration_dataset,
+            lm.model,
+            lm.tokenizer,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=0,
+            cache=kept,
+        )
+        test, conditions = evaluation_windows(text, lm.tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+        tables = Tables(lm, calibration.tokens, test, bits, compute, kept)
+        settings: dict[str, Any] = {"model": Path(model).name, "calibration": calibration.describe(), "test": conditions}
+        settings |= {"base": tables.recipe.base, "bits": bits, "compute": tables.recipe.compute}
+        made: list[Table] = []
+        for number in wanted:
+            made.append(tables.make(number))
+            if not as_json:
+                typer.echo(_markdown(made[-1]))
+            # after each: they take long
+            content = settings | {"tables": [_described(table) for table in made]}
+            write_bytes(output / "tables.json", json_text(content).encode())
+            write_bytes(output / "tables.md", "\n".join(map(_markdown, made)).encode())
+        if as_json:
+            print_json(content)
+
+
+def _described(table: "Table") -> dict[str, Any]:
+    return {
+        "number": table.number,
+        "title": table.title,
+        "columns": list(table.columns),
+        "rows": [list(row) for row in table.rows],
+        "published": None if table.published is None else [list(row) for row in table.published],
+    }
+
+
+def _markdown(table: "Table") -> str:
+    """A table, with the paper's numbers to the right of one's own where it has them."""
+    beside = {row[: table.keys]: row[table.keys :] for row in map(tuple, table.published or ())}
+    head = list(table.columns)
+    if beside:
+        head += [f"paper: {column}" for column in table.columns[table.keys :]]
+    lines = [head, ["---"] * len(head)]
+    for row in table.rows:
+        theirs = beside.get(tuple(row[: table.keys]), ("",) * (len(row) - table.keys)) if beside else ()
+        lines.append([_cell(value) for value in (*row, *theirs)])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"Table {table.number}. {table.title}\n\n{text}\n"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
