@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from vllm_requant.format.experts import MIXTURES
 from vllm_requant.format.rows import synthetic_layer
@@ -187,11 +186,9 @@ class _Passes:
     @torch.no_grad()
     def _block_token(self) -> float:
         """A token of every sequence of a batch through the timed block, half of the text being there."""
-        config = self.small.config.get_text_config()
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = GENERATION_BATCH, config.num_key_value_heads, self.recipe.seq_len // 2, size
-        cache = DynamicCache()
-        cache.update(torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device), 0)
+        text = torch.zeros(1, max(1, self.recipe.seq_len // 2), dtype=torch.int64, device=self.device)
+        cache = self.small(text, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(GENERATION_BATCH)
         step = torch.zeros(GENERATION_BATCH, 1, dtype=torch.int64, device=self.device)
 
         def write() -> None:

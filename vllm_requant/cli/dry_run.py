@@ -37,9 +37,13 @@ def _describe(request: "Request", planned: "Planned", reasons: list[str]) -> dic
     seconds = None
     if not reasons:
         typer.echo("requant: timing this machine", err=True)
-        seconds = estimate(
-            planned.model, planned.recipe, planned.work, device=request.device, low_memory=request.low_memory
-        )
+        try:
+            seconds = estimate(
+                planned.model, planned.recipe, planned.work, device=request.device, low_memory=request.low_memory
+            )
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            # one block of an architecture that nobody has tried may be built or called in other ways
+            typer.echo(f"requant: no time is foretold, a block cannot be timed: {error}", err=True)
     return {
         "has_target": planned.recipe.has_target,
         "layers": len(config.layers),
