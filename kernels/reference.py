@@ -7,6 +7,7 @@ scale fits a float32, and so does a float16 table entry; adding the sparse resid
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
 
 TILE = 128
 """Weights in one circular string of the ``trellis`` kind."""
+_ELEMENTS_AT_ONCE = 1 << 20
 _LEVELS_A_PASS = 6  # matrices of at most 64 × 64: wider ones do more work than they save passes
 
 
@@ -50,8 +52,10 @@ def dequantize_uniform(
     codes = unpack_codes(qweight, bits, in_features)
     zeros = unpack_codes(qzeros, bits, groups)
     group = torch.arange(in_features, device=codes.device) // group_size
-    weight = codes.float() - zeros.float()[:, group]
-    return weight.mul_(scales.float()[:, group])
+    weight = codes.float()
+    for rows in _pieces(len(codes), in_features):
+        weight[rows].sub_(zeros[rows].float()[:, group]).mul_(scales[rows].float()[:, group])
+    return weight
 
 
 def dequantize_lut(qweight: Tensor, lookup_table: Tensor, *, bits: int, in_features: int) -> Tensor:
@@ -64,8 +68,18 @@ def dequantize_lut(qweight: Tensor, lookup_table: Tensor, *, bits: int, in_featu
     Returns:
         float32 ``[out_features, in_features]``, exact.
     """
-    codes = unpack_codes(qweight, bits, in_features)
-    return torch.gather(lookup_table.float(), 1, codes.long())
+    codes, table = unpack_codes(qweight, bits, in_features), lookup_table.float()
+    weight = torch.empty(codes.shape, device=codes.device)
+    for rows in _pieces(len(codes), in_features):
+        weight[rows] = torch.gather(table[rows], 1, codes[rows].long())
+    return weight
+
+
+def _pieces(rows: int, width: int) -> Iterator[slice]:
+    """Rows of a matrix, so few at a time that what is made of them takes little memory beside it."""
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(width, 1))
+    for first in range(0, rows, at_once):
+        yield slice(first, first + at_once)
 
 
 def trellis_code(state_bits: int) -> Tensor:
@@ -127,7 +141,10 @@ def rotated_trellis(qweight: Tensor, scales: Tensor, *, bits: int, state_bits: i
     """Weight of the ``trellis`` kind in its rotated coordinates: float32 ``[out_features, in_features]``, exact."""
     rows, tiles = qweight.shape[:2]
     columns = in_features // tiles
-    value = trellis_code(state_bits).to(qweight.device)[trellis_states(qweight, bits=bits, state_bits=state_bits)]
+    code = trellis_code(state_bits).to(qweight.device)
+    value = torch.empty(rows, tiles, TILE, device=qweight.device)
+    for part in _pieces(rows, tiles * TILE):
+        value[part] = code[trellis_states(qweight[part], bits=bits, state_bits=state_bits)]
     # within a tile rows run fastest
     weight = value.view(rows, tiles, columns, TILE // columns).permute(0, 3, 1, 2).reshape(-1, in_features)
     block_out, block_in = weight.shape[0] // scales.shape[0], in_features // scales.shape[1]

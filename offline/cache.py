@@ -7,6 +7,7 @@ included, so a stale entry cannot be taken for a valid one.
 import hashlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,16 +15,16 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from vllm_requant.format.durable import write_safetensors
+from vllm_requant.format.durable import CACHE_LINE, write_safetensors
 
 from . import incidents
 from .incidents import Incident
 from .lazy import LazyMapping
 from .ranks import Ranks, current_ranks
 
-__all__ = ["Snapshot", "TensorCache", "fingerprint"]
+__all__ = ["Snapshot", "TensorCache", "fingerprint", "matrices_changed", "model_fingerprint"]
 
 log = logging.getLogger(__name__)
 _SNAPSHOT_SECONDS = 600.0
@@ -32,13 +33,44 @@ _INCIDENTS = "incidents"  # in the metadata of a file: what was met when it was 
 
 
 def fingerprint(*tensors: Tensor | Mapping[str, Tensor], **settings: object) -> str:
-    """SHA-256 over names, types, shapes and values of tensors, and over settings."""
+    """SHA-256 over names, types, shapes and values of tensors, and over settings.
+
+    Of tensors that a :class:`LazyMapping` knows a digest of, that counts, and they are not made.
+    """
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     for item in tensors:
+        if isinstance(item, LazyMapping) and item.digest is not None:
+            for name in item:
+                digest.update(f"{name}|{item.digest(name)}|".encode())
+            continue
         for name, tensor in {"": item}.items() if isinstance(item, Tensor) else item.items():
             digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# the matrices' fingerprint of models that live, and by what to see that they are the same still
+_matrices: "weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, tuple[int, int]], str]]" = weakref.WeakKeyDictionary()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of all tensors of a model. Its matrices are read once, and again if they have changed.
+
+    A change through ``parameter.data`` does not show in a matrix: whoever makes one calls :func:`matrices_changed`.
+    """
+    state = model.state_dict()
+    matrices = {name: tensor for name, tensor in state.items() if tensor.ndim >= 2}
+    seen = {name: (tensor.data_ptr(), tensor._version) for name, tensor in matrices.items()}
+    known = _matrices.get(model)
+    if known is None or known[0] != seen:
+        known = _matrices[model] = seen, fingerprint(matrices)
+    others = {name: tensor for name, tensor in state.items() if name not in matrices}
+    return fingerprint(others, matrices=known[1])
+
+
+def matrices_changed(model: nn.Module) -> None:
+    """Weight matrices of a model have been changed in place."""
+    _matrices.pop(model, None)
 
 
 class Snapshot:
@@ -183,6 +215,7 @@ class TensorCache:
                     _write(paths[name], tensors, found)
                 if not lazy:
                     made[name] = tensors
+                del tensors  # before there are others
             snapshot.forget()
             ranks.wait()
         if lazy:
@@ -231,6 +264,7 @@ def _with_incidents(items: Iterable[Item]) -> Iterator[tuple[Item, set[Incident]
         if item is None:
             return
         yield item, found
+        del item  # before there is another
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Tensor]:
@@ -245,9 +279,14 @@ def _lazily(path: Path, device: torch.device) -> Mapping[str, Tensor]:
         file = safe_open(path, framework="pt", device=str(device))
     except SafetensorError:
         raise OSError(f"{path} is damaged: delete it, and go on with --resume") from None
-    return LazyMapping(file.keys(), lambda name: _own(file.get_tensor(name)))
+    return LazyMapping(file.keys(), lambda name: _aligned(file.get_tensor(name)))
 
 
 def _own(tensor: Tensor) -> Tensor:
-    # a mapped file's tensors begin anywhere, and the last bit of a matrix product depends on where its operands do
+    """In memory of its own, in the place of that of a mapped file."""
     return tensor.clone()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor of a mapped file, which stays there if it begins where one in memory could."""
+    return tensor if tensor.data_ptr() % CACHE_LINE == 0 else _own(tensor)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import Snapshot, TensorCache, fingerprint
+from .cache import Snapshot, TensorCache, fingerprint, model_fingerprint
 from .objections import ObjectionError
 from .progress import track
 from .stages import Stages
@@ -122,7 +122,9 @@ def load_calibration(
         if dataset == SELF:
             tokens = (cache or TensorCache()).resume(
                 "calibration_text",
-                lambda: fingerprint(model.state_dict(), num_samples=num_samples, seq_len=seq_len, seed=seed),
+                lambda: fingerprint(
+                    model=model_fingerprint(model), num_samples=num_samples, seq_len=seq_len, seed=seed
+                ),
                 torch.device("cpu"),
                 lambda snapshot: {"tokens": _sample_from_model(model, tokenizer, num_samples, seq_len, seed, snapshot)},
             )["tokens"]
@@ -151,12 +153,21 @@ def _too_short(dataset: str, tokens: int, num_samples: int, seq_len: int) -> Cal
     )
 
 
-def read_text(dataset: str, split: str = "train") -> str:
-    """All text of a file (JSONL: the ``text`` field of each line) or of a Hub data set."""
+def read_text(dataset: str, split: str = "train", *, rows: int = 20_000, separator: str = "\n\n") -> str:
+    """All text of a file (JSONL: the ``text`` field of each line), or the first rows of a Hub data set.
+
+    Args:
+        dataset: as for :func:`load_calibration`, "self" apart.
+        split, rows: of a Hub data set.
+        separator: between rows or lines.
+
+    Raises:
+        CalibrationError: it cannot be read.
+    """
     path = Path(dataset)
     if not path.is_file():
         check_dataset(dataset)
-        return _hub_text(dataset, split)
+        return separator.join(_hub_rows(dataset, split, rows))
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -171,16 +182,16 @@ def read_text(dataset: str, split: str = "train") -> str:
             texts.append(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError):
             raise CalibrationError(f'{dataset}: line {number} is not a JSON object with a "text" field') from None
-    return "\n\n".join(texts)
+    return separator.join(texts)
 
 
-def _hub_text(dataset: str, split: str) -> str:
+def _hub_rows(dataset: str, split: str, rows: int) -> list[str]:
     import datasets
 
     name, _, config = dataset.partition(":")
     try:
-        rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
-        return "\n\n".join(row["text"] for row in rows.take(20_000))
+        stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
+        return [row["text"] for row in stream.take(rows)]
     except Exception as error:  # the package raises many unrelated types
         raise CalibrationError(f"{dataset}: cannot be read from the Hub: {error}") from error
 

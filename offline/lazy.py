@@ -17,10 +17,13 @@ class LazyMapping(Mapping[str, Value], Generic[Value]):
     Args:
         names: in their order.
         make: the value of a name.
+        digest: what tells the value of a name from others that it might have, without making it.
     """
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Value]) -> None:
-        self._names, self._make = dict.fromkeys(names), make
+    def __init__(
+        self, names: Iterable[str], make: Callable[[str], Value], digest: Callable[[str], str] | None = None
+    ) -> None:
+        self._names, self._make, self.digest = dict.fromkeys(names), make, digest
 
     def __getitem__(self, name: str) -> Value:
         if name not in self._names:
@@ -34,9 +37,15 @@ class LazyMapping(Mapping[str, Value], Generic[Value]):
         return len(self._names)
 
 
-def each(names: Iterable[str], make: Callable[[str], Value], *, lazy: bool) -> Mapping[str, Value]:
+def each(
+    names: Iterable[str],
+    make: Callable[[str], Value],
+    *,
+    lazy: bool,
+    digest: Callable[[str], str] | None = None,
+) -> Mapping[str, Value]:
     """What a function makes of each name: all of it now, or each whenever it is asked for."""
-    return LazyMapping(names, make) if lazy else {name: make(name) for name in names}
+    return LazyMapping(names, make, digest) if lazy else {name: make(name) for name in names}
 
 
 class Positions(Mapping[str, Tensor]):
@@ -48,7 +57,7 @@ class Positions(Mapping[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         items = masks.items() if isinstance(masks, Mapping) else masks
-        self._kept = {name: (mask.flatten().nonzero()[:, 0], mask.shape) for name, mask in items}
+        self._kept = {name: (_small(mask.flatten().nonzero()[:, 0], mask.shape), mask.shape) for name, mask in items}
 
     @classmethod
     def empty(cls, shapes: Mapping[str, torch.Size], device: torch.device) -> "Positions":
@@ -60,7 +69,7 @@ class Positions(Mapping[str, Tensor]):
     def of(cls, indices: Mapping[str, tuple[Tensor, torch.Size]]) -> "Positions":
         """From distinct indices into the flattened matrices, int64, and the matrices' shapes."""
         result = cls(())
-        result._kept = {name: (index.sort().values, shape) for name, (index, shape) in indices.items()}
+        result._kept = {name: (_small(index.sort().values, shape), shape) for name, (index, shape) in indices.items()}
         return result
 
     def __getitem__(self, name: str) -> Tensor:
@@ -85,10 +94,15 @@ class Positions(Mapping[str, Tensor]):
         return {name: index.numel() for name, (index, _) in self._kept.items()}
 
     def indices(self) -> dict[str, Tensor]:
-        """Ascending int64 indices into the flattened matrices, by layer."""
+        """Ascending indices into the flattened matrices, by layer: int32, or int64 if one is too large for that."""
         return {name: index for name, (index, _) in self._kept.items()}
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Positions) and all(
             torch.equal(index, other._kept[name][0]) for name, (index, _) in self._kept.items()
         )
+
+
+def _small(index: Tensor, shape: torch.Size) -> Tensor:
+    """Indices in as few bytes as they fit: those of all layers lie in memory at the same time."""
+    return index.to(torch.int32 if shape.numel() < 2**31 else torch.int64)

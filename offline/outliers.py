@@ -25,6 +25,7 @@ __all__ = [
 
 TAUS = (0.0, 0.5, 1.0)
 _MAX_REMOVED = 16  # outliers in one group at most, by the range rule
+_OFFERS = 4  # times the winners are held while layers are ranked
 _MAX_FACTOR = 8.0  # a layer gets at most this many times the overall ratio
 
 
@@ -155,20 +156,36 @@ def squeezellm_positions(
 
 
 def top_over_layers(scores: Mapping[str, Tensor], count: int) -> Positions:
-    """The ``count`` largest scores of all layers together.
+    """The ``count`` largest scores of all layers together; of equal ones, those of the first layers.
 
-    Looks at each layer's scores once: it offers its own best ``count`` to the common ranking.
+    Looks at each layer's scores once: it offers its own best ``count`` to the common ranking, of which no more than
+    a few times ``count`` are held.
     """
-    offers, shapes = {}, {}
+    offers: dict[str, tuple[Tensor, Tensor]] = {}
+    shapes: dict[str, torch.Size] = {}
     for name, score in scores.items():
-        offers[name], shapes[name] = torch.topk(score.flatten(), min(count, score.numel())), score.shape
-    values = torch.cat([offer.values for offer in offers.values()])
-    winners = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
-    winners[torch.topk(values, min(count, values.numel())).indices] = True
-    by_layer = winners.split([len(offer.values) for offer in offers.values()])
-    return Positions.of(
-        {name: (offer.indices[won], shapes[name]) for (name, offer), won in zip(offers.items(), by_layer, strict=True)}
-    )
+        shapes[name] = score.shape
+        values, indices = torch.topk(score.flatten(), min(count, score.numel()))
+        offers[name] = values, indices.to(torch.int32 if score.numel() < 2**31 else torch.int64)
+        if sum(len(values) for values, _ in offers.values()) > _OFFERS * count:
+            offers = _best_offers(offers, count)
+    return Positions.of({name: (indices, shapes[name]) for name, (_, indices) in _best_offers(offers, count).items()})
+
+
+def _best_offers(offers: Mapping[str, tuple[Tensor, Tensor]], count: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The ``count`` largest values, and their indices, of all layers together."""
+    values = torch.cat([values for values, _ in offers.values()])
+    if len(values) <= count:
+        return dict(offers)
+    least = values.topk(count).values[-1] if count else values.new_tensor(torch.inf)
+    room = count - int((values > least).sum())
+    best = {}
+    for name, (own, indices) in offers.items():
+        equal = own == least
+        won = (own > least) | (equal & (equal.cumsum(0) <= room))
+        best[name] = own[won], indices[won]
+        room -= int((equal & won).sum())
+    return best
 
 
 def _top(score: Tensor, count: int) -> Tensor:

@@ -122,6 +122,10 @@ class LayerMoments:
             self.square.addcmul_(own, own, value=1 / self._count)
             own.zero_()
 
+    def close(self) -> None:
+        """What passes bring to the layer is no longer added up."""
+        self._layer.gradient = self._layer.observer = None
+
     def state(self) -> dict[str, Tensor]:
         """All that was added up after the end of a sequence."""
         return self._moments() | ({} if self._sums is None else self._sums.state())
@@ -144,6 +148,7 @@ def results(sums: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         with incidents.about(name):
             made = each.result()
         yield name, made
+        del made  # it may be large, and whoever took it may be done with it
 
 
 class _MovingLinear(torch.autograd.Function):
@@ -203,3 +208,4 @@ def moving_layers(layers: Mapping[str, nn.Linear], end: Mapping[str, Tensor]) ->
     finally:
         for layer in layers.values():
             layer.__dict__.pop("forward", None)
+        states.clear()  # w̃ goes with the block

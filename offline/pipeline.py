@@ -25,7 +25,7 @@ from vllm_requant.format.durable import write_safetensors
 from . import incidents
 from .bases import Awq, LayerData, Need, Rtn, relative_error
 from .budget import BudgetSearch
-from .cache import TensorCache, fingerprint
+from .cache import TensorCache, fingerprint, matrices_changed
 from .calibration import CalibrationError
 from .folding import Fold, apply_fold, find_folds
 from .lazy import each
@@ -180,7 +180,12 @@ class _Run:
         if self.objective is not None:
             # the stored weights, rounding of the residual included
             dtype = torch.float32 if self.recipe.compute == "float32" else self.lm.dtype
-            stored = each(layers, lambda name: layers[name].weight().to(dtype), lazy=self.lazy)
+
+            def digest(name: str) -> str:
+                layer = layers[name]
+                return fingerprint(layer.tensors, spec=layer.spec, dtype=dtype)
+
+            stored = each(layers, lambda name: layers[name].weight().to(dtype), lazy=self.lazy, digest=digest)
             with self.stages.stage("final_loss"):
                 loss = self.measurements.loss(stored, "result")
             if not math.isfinite(loss):
@@ -310,6 +315,7 @@ class _Run:
             if self.walk is not None:
                 self._write_folded(fold)
                 self.walk.forget()
+        matrices_changed(self.model)
 
         def folded(name: str) -> InputStatistics:
             statistics = inputs[name]

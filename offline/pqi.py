@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .cache import Snapshot, TensorCache, fingerprint
+from .cache import Snapshot, TensorCache, fingerprint, model_fingerprint
 from .coverage import Coverage
 from .lazy import LazyMapping
 from .losses import divergence, sequence_loss
@@ -203,7 +203,7 @@ class Objective:
             return 0.0
         return (cache or TensorCache()).number(
             "loss",
-            lambda: self.fingerprint(at=fingerprint(weights or self.start), labels=self.labels),
+            lambda: self.fingerprint(at=None if weights is None else fingerprint(weights), labels=self.labels),
             lambda: float(np.mean(self._losses(weights or self.start, label))),
             together=self.lazy,
         )
@@ -255,7 +255,8 @@ class Objective:
     def fingerprint(self, **settings: object) -> str:
         """Of all that a result at w depends on."""
         originals = {str(number): data for number, (_, data) in enumerate(self.originals)}
-        return fingerprint(self.model.state_dict(), originals, self.tokens, compute=self.compute, **settings)
+        model = model_fingerprint(self.model)
+        return fingerprint(originals, self.tokens, model=model, compute=self.compute, **settings)
 
     def integrate(
         self,
@@ -298,7 +299,11 @@ class Objective:
         @functools.cache
         def key() -> str:
             return self.fingerprint(
-                end=fingerprint(end), path=path, squares=squares, labels=self.labels, sums=sums is not None
+                end=fingerprint(end) if any(t for t, _ in path) else None,
+                path=path,
+                squares=squares,
+                labels=self.labels,
+                sums=sums is not None,
             )
 
         return (cache or TensorCache()).by_layer(

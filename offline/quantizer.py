@@ -160,7 +160,13 @@ class LayerQuantizer:
             weight = self.weights[name]
             return torch.where(masks[name], weight.float(), dense[name].weight()).to(dtype or weight.dtype)
 
-        return each(self.weights, restore, lazy=self.lazy)
+        indices = masks.indices()
+
+        def digest(name: str) -> str:
+            spec, tensors = dense[name]
+            return fingerprint(indices[name], tensors, spec=spec, dtype=dtype)
+
+        return each(self.weights, restore, lazy=self.lazy, digest=digest)
 
     @property
     def _device(self) -> torch.device:

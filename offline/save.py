@@ -17,7 +17,7 @@ from vllm_requant.format.experts import stored_name
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.format.writer import staged_folder, write_tensors
 
-from .cache import TensorCache, fingerprint
+from .cache import TensorCache, model_fingerprint
 from .calibration import Calibration, load_calibration
 from .card import CARD_NAME, inherited, kept, model_card
 from .lazy import LazyMapping
@@ -71,7 +71,7 @@ def convert_and_save(
     """
     recipe = recipe.on(lm.device)  # what is kept says what was done
     if work is not None:
-        work.agree("the model", fingerprint(lm.model.state_dict()))
+        work.agree("the model", model_fingerprint(lm.model))
         cache = work.cache
     conversion, calibration = convert_on(lm, recipe, dataset, cache=cache, low_memory=low_memory, work=work)
     lm.files.check()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vllm_requant.format.sparse import all_finite
 
 from . import incidents
-from .cache import Snapshot, TensorCache, fingerprint
+from .cache import Snapshot, TensorCache, fingerprint, model_fingerprint
 from .lazy import LazyMapping, each
 from .models import computing_in
 from .path import NOT_FINITE, adding_inputs, results
@@ -31,6 +31,7 @@ __all__ = ["HESSIANS", "InputStatistics", "guided_statistics", "input_statistics
 
 HESSIANS = ("guided", "inputs")
 _ALIKE = "all its inputs count alike"
+_PANEL = 1024  # rows and columns of a large matrix that are worked on at a time
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ class InputStatistics:
 
     def scaled(self, scale: Tensor) -> "InputStatistics":
         """The statistics of ``x · scale``, elementwise."""
-        return InputStatistics(self.hessian * scale * scale[:, None], self.mean_abs * scale)
+        return InputStatistics((self.hessian * scale).mul_(scale[:, None]), self.mean_abs * scale)
 
 
 class _Moments:
@@ -96,9 +97,20 @@ class _Moments:
             hessian, mean_abs = torch.eye(len(self.second), device=self.second.device), torch.ones_like(self.magnitude)
         else:
             # what is symmetric by definition is made so up to the last bit
-            hessian = (self.second + self.second.t()).div_(2 * int(self.tokens))
+            hessian = _add_transpose_(self.second).div_(2 * int(self.tokens))
             mean_abs = self.magnitude / int(self.tokens)
         return {"hessian": hessian, "mean_abs": mean_abs, "tokens": self.tokens}
+
+
+def _add_transpose_(matrix: Tensor) -> Tensor:
+    """``A + Aᵀ`` in the place of A: the matrix may be larger than all else."""
+    panels = [slice(first, first + _PANEL) for first in range(0, len(matrix), _PANEL)]
+    for number, rows in enumerate(panels):
+        for columns in panels[number:]:
+            both = matrix[rows, columns] + matrix[columns, rows].t()
+            matrix[rows, columns] = both
+            matrix[columns, rows] = both.t()
+    return matrix
 
 
 class _Guided(_Moments):
@@ -151,7 +163,7 @@ def input_statistics(
 
     kept = (cache or TensorCache()).by_layer(
         "inputs",
-        lambda: fingerprint(model.state_dict(), tokens, inputs=sorted(firsts), compute=compute),
+        lambda: fingerprint(tokens, model=model_fingerprint(model), inputs=sorted(firsts), compute=compute),
         firsts,
         device,
         collect,

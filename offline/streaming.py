@@ -22,13 +22,15 @@ from vllm_requant.format.durable import write_safetensors
 from .blocks import Blocks
 from .cache import Snapshot
 from .losses import sequence_loss
-from .path import LayerMoments, LayerSums, adding_inputs, moving_layers, results
+from .path import LayerMoments, LayerSums, MovingLayer, adding_inputs, moving_layers, results
 from .pqi import Objective
 from .progress import track
 from .ranks import current_ranks
 from .sharding import ShardedBlocks
 
 __all__ = ["StreamedObjective", "Walk", "streamed_inputs"]
+
+_SUMS_BYTES = 400 << 20  # of sums over layers that are held at a time; where a block's are more, it is passed again
 
 
 class Activations:
@@ -126,7 +128,7 @@ class StreamedObjective(Objective):
     def _last(self, blocks: Blocks, weights: Mapping[str, Tensor], label: str) -> list[Tensor]:
         """What the last block makes of each sequence with those weights."""
         hidden = [blocks.embed(row) for row in self._rows]
-        ticks = _ticks(blocks, len(hidden), self.tokens.shape[1], label)
+        ticks = _ticks(len(hidden) * len(blocks), self.tokens.shape[1], label)
         for number in range(len(blocks)):
             with blocks.resident(number), moving_layers(blocks.layers[number], weights) as states:
                 for state in states.values():
@@ -150,32 +152,31 @@ class StreamedObjective(Objective):
         blocks = self._blocks()
         kept = Activations(self.walk.scratch / snapshot.name)
         self._forward(blocks, kept, end, path, f"{label}, forward")
-        gradients = self._turn(blocks, kept, path, label)
-        ticks = _ticks(blocks, len(gradients), self.tokens.shape[1], f"{label}, back")
-        for number in reversed(range(len(blocks))):
-            if kept.has(f"gradient-{number}"):
-                gradients = kept.load(f"gradient-{number}")
-                for _ in gradients:
-                    next(ticks)
-                continue
-            hidden = kept.load(f"input-{number}")
+        end_of_way = min((n for n in range(len(blocks)) if kept.has(f"gradient-{n}")), default=len(blocks))
+        if end_of_way == len(blocks):
+            self._turn(blocks, kept, path, label)
+        gradients = kept.load(f"gradient-{end_of_way}")
+        groups = [_groups(layers, missing, squares, sums is not None) for layers in blocks.layers[:end_of_way]]
+        ticks = _ticks(len(gradients) * sum(map(len, groups)), self.tokens.shape[1], f"{label}, back")
+        for number in reversed(range(end_of_way)):
             with blocks.resident(number), moving_layers(blocks.layers[number], end) as states:
-                layers = {
-                    name: LayerMoments(state, len(self.tokens), squares, self.accumulators, sums and sums(name))
-                    for name, state in states.items()
-                }
-                for item, (x, grad) in enumerate(zip(hidden, gradients, strict=True)):
-                    next(ticks)
-                    for layer in layers.values():
-                        layer.at(*path[item % len(path)])
-                    x.requires_grad_(number > 0)
-                    blocks.run(number, x).backward(grad)
-                    if (item + 1) % len(path) == 0:
-                        for layer in layers.values():
-                            layer.end_sequence()
-                for layer in layers.values():
-                    current_ranks().add_up(layer.state())
-                yield from results({name: layer for name, layer in layers.items() if name in missing})
+                for group in groups[number]:
+                    hidden = kept.load(f"input-{number}")
+                    layers = {
+                        name: LayerMoments(
+                            states[name], len(self.tokens), squares, self.accumulators, sums and sums(name)
+                        )
+                        for name in group
+                    }
+                    for item, (x, grad) in enumerate(zip(hidden, gradients, strict=True)):
+                        next(ticks)
+                        _at(*path[item % len(path)], states, layers)
+                        x.requires_grad_(number > 0)
+                        blocks.run(number, x).backward(grad)
+                        if (item + 1) % len(path) == 0:
+                            _end_sequence(layers)
+                    yield from _summed(layers)
+                    del layers  # before there are others
             if number:
                 gradients = [x.grad for x in hidden]  # type: ignore[misc]
                 kept.save(f"gradient-{number}", gradients)
@@ -198,7 +199,7 @@ class StreamedObjective(Objective):
         if begin == 0:
             kept.save("input-0", [blocks.embed(row) for row, _ in items])
         hidden = kept.load(f"input-{begin}")
-        ticks = _ticks(blocks, len(items), self.tokens.shape[1], label, begin)
+        ticks = _ticks(len(items) * (len(blocks) - begin), self.tokens.shape[1], label)
         for number in range(begin, len(blocks)):
             with blocks.resident(number), moving_layers(blocks.layers[number], end) as states:
                 for item, (_, t) in enumerate(items):
@@ -209,26 +210,24 @@ class StreamedObjective(Objective):
             kept.save(f"input-{number + 1}", hidden)
         next(ticks, None)  # ends the bar
 
-    def _turn(self, blocks: Blocks, kept: Activations, path: list[tuple[float, float]], label: str) -> list[Tensor]:
-        """The gradient of each item's loss with respect to the last block's output."""
+    def _turn(self, blocks: Blocks, kept: Activations, path: list[tuple[float, float]], label: str) -> None:
+        """Keep the gradient of each item's loss with respect to the last block's output."""
         place = f"gradient-{len(blocks)}"
-        if any(kept.has(f"gradient-{number}") for number in range(len(blocks))):
-            return kept.load(f"input-{len(blocks)}")  # of the right number; the ones behind are kept
-        if not kept.has(place):
-            teachers = None
-            if self.labels == "model":
-                teachers = self._last(blocks, self.start, f"{label}, original")
-            gradients = []
-            for item, hidden in enumerate(kept.load(f"input-{len(blocks)}")):
-                row = self._rows[item // len(path)]
-                with torch.no_grad():
-                    teacher = None if teachers is None else blocks.predict(row, teachers[item // len(path)])
-                hidden.requires_grad_(True)
-                sequence_loss(blocks.predict(row, hidden), row, teacher).backward()
-                assert hidden.grad is not None
-                gradients.append(hidden.grad)
-            kept.save(place, gradients)
-        return kept.load(place)
+        if kept.has(place):
+            return
+        teachers = None
+        if self.labels == "model":
+            teachers = self._last(blocks, self.start, f"{label}, original")
+        gradients = []
+        for item, hidden in enumerate(kept.load(f"input-{len(blocks)}")):
+            row = self._rows[item // len(path)]
+            with torch.no_grad():
+                teacher = None if teachers is None else blocks.predict(row, teachers[item // len(path)])
+            hidden.requires_grad_(True)
+            sequence_loss(blocks.predict(row, hidden), row, teacher).backward()
+            assert hidden.grad is not None
+            gradients.append(hidden.grad)
+        kept.save(place, gradients)
 
 
 @torch.no_grad()
@@ -257,7 +256,7 @@ def streamed_inputs(
     begin = max((n for n in range(len(blocks)) if kept.has(f"input-{n}")), default=0)
     rows = current_ranks().mine(tokens)
     hidden = kept.load(f"input-{begin}") if begin else [blocks.embed(row) for row in rows]
-    ticks = _ticks(blocks, len(rows), tokens.shape[1], label, begin)
+    ticks = _ticks(len(rows) * (len(blocks) - begin), tokens.shape[1], label)
     for number in range(begin, len(blocks)):
         wanted = {name: sums[name]() for name in blocks.layers[number] if name in sums and name in missing}
         with blocks.resident(number), adding_inputs(layers, wanted):
@@ -267,12 +266,58 @@ def streamed_inputs(
         for each in wanted.values():
             current_ranks().add_up(each.state())
         yield from results(wanted)
+        del wanted  # before there are others
         kept.save(f"input-{number + 1}", hidden)
         kept.forget(f"input-{number - 1}")  # another process may not have kept the next one yet
     next(ticks, None)  # ends the bar
     kept.remove()
 
 
-def _ticks(blocks: Blocks, items: int, seq_len: int, label: str, begin: int = 0) -> Iterator[int]:
-    passes = items * (len(blocks) - begin)
+def _at(t: float, share: float, states: Mapping[str, MovingLayer], layers: Mapping[str, LayerMoments]) -> None:
+    for state in states.values():
+        state.t = t
+    for layer in layers.values():
+        layer.at(t, share)
+
+
+def _end_sequence(layers: Mapping[str, LayerMoments]) -> None:
+    for layer in layers.values():
+        layer.end_sequence()
+
+
+def _summed(layers: Mapping[str, LayerMoments]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Results over all processes; the layers add up nothing more."""
+    for layer in layers.values():
+        current_ranks().add_up(layer.state())
+    yield from results(layers)
+    for layer in layers.values():
+        layer.close()
+
+
+def _groups(layers: Mapping[str, nn.Linear], missing: Collection[str], squares: bool, seconds: bool) -> list[list[str]]:
+    """The layers of a block of which sums are missing, in groups whose sums are held at the same time.
+
+    Args:
+        layers, missing: by name.
+        squares: whether gradients are squared.
+        seconds: whether second moments of the inputs are added up too.
+
+    Returns:
+        At least one group, of no layers if nothing is missing.
+    """
+    groups: list[list[str]] = [[]]
+    left = _SUMS_BYTES
+    for name, layer in layers.items():
+        if name not in missing:
+            continue
+        size = 4 * (layer.weight.numel() * (3 if squares else 1) + (layer.in_features**2 if seconds else 0))
+        if size > left and groups[-1]:
+            groups.append([])
+            left = _SUMS_BYTES
+        groups[-1].append(name)
+        left -= size
+    return groups
+
+
+def _ticks(passes: int, seq_len: int, label: str) -> Iterator[int]:
     return iter(track(range(passes), label, total=passes, tokens_per_item=seq_len))

@@ -45,7 +45,7 @@ def reversed_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | 
     Raises:
         ValueError: the matrix holds a value that is not finite.
     """
-    if not all_finite(hessian):
+    if not all(all_finite(hessian[rows]) for rows in _panels(len(hessian))):  # no copy, whatever its strides
         raise ValueError("the second moment of the inputs is not finite")
     columns = len(hessian)
     order = torch.arange(columns, device=hessian.device) if order is None else order
@@ -97,6 +97,7 @@ def block_feedback(hessian: Tensor, width: int, damping: float = _DAMPING) -> Te
         V, float32 ``[columns, columns]``.
     """
     lower = reversed_factor(hessian, damping)
+    del hessian  # nobody else may want it
     columns = len(lower)
     blocks = columns // width
     index = torch.arange(blocks, device=lower.device)

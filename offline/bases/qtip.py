@@ -25,6 +25,7 @@ __all__ = ["CodeFit", "Qtip", "code_fit", "hadamard_block"]
 
 _BLOCKS = (128, 64, 32, 16)
 _SIGNS_SEED = 0x7E111
+_PANEL = 512  # rows or columns of a large matrix that are worked on at a time
 _LAZY = 128  # columns after which the feedback reaches all that follow
 
 
@@ -72,13 +73,15 @@ class Qtip(Base):
         )
 
     def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
+        spec = self.spec(*layer.weight.shape[::-1])
+        signs_in, signs_out = (_signs(n).to(layer.weight.device) for n in (spec.in_features, spec.out_features))
+        feedback = block_feedback(
+            _rotate_both(layer.require_inputs().hessian, signs_in, spec.block_in), spec.tile_columns
+        )
         weight = layer.weight if removed is None else layer.weight.masked_fill(removed, 0.0)
-        spec = self.spec(*weight.shape[::-1])
-        signs_in, signs_out = (_signs(n).to(weight.device) for n in (spec.in_features, spec.out_features))
-        rotated = _rotate(_rotate(weight, signs_in, spec.block_in).t(), signs_out, spec.block_out).t()
-        hessian = _rotate(_rotate(layer.require_inputs().hessian, signs_in, spec.block_in).t(), signs_in, spec.block_in)
+        rotated = _rotate(_rotate(weight, signs_in, spec.block_in).t(), signs_out, spec.block_out).t().contiguous()
         scales = self._scales(rotated, spec)
-        states = self._states(rotated, hessian, scales, spec)
+        states = self._states(rotated, feedback, scales, spec)
         return DenseLayer(
             spec,
             {
@@ -100,15 +103,14 @@ class Qtip(Base):
         rms = blocks.square().mean(dim=(1, 3)).sqrt()
         return (rms * code_fit(self.width, self.state_bits).scale).to(torch.float16)
 
-    def _states(self, rotated: Tensor, hessian: Tensor, scales: Tensor, spec: TrellisSpec) -> Tensor:
+    def _states(self, rotated: Tensor, feedback: Tensor, scales: Tensor, spec: TrellisSpec) -> Tensor:
         """Block error feedback: int32 ``[row blocks, tiles, TILE]``."""
         width, rows = spec.tile_columns, spec.block_out
         code = code_on(rotated.device, self.state_bits)
         # a scale of 0 stands for a block of zeros
         by_block = scales.float().clamp(min=SMALLEST_SCALE)
         by_column = by_block.repeat_interleave(spec.block_in, 1).repeat_interleave(rows, 0)
-        feedback = block_feedback(hessian, width)
-        target = rotated.contiguous().clone()
+        target = rotated.clone()
         shape = spec.out_features // rows, spec.in_features // width, TILE
         states = torch.empty(shape, dtype=torch.int32, device=rotated.device)
         for begin in range(0, spec.in_features, _LAZY):
@@ -138,6 +140,17 @@ def _signs(features: int) -> Tensor:
 def _rotate(matrix: Tensor, signs: Tensor, block: int) -> Tensor:
     """The columns of a matrix, with signs, through the Hadamard transform."""
     return hadamard_blocks((matrix * signs.to(matrix.device)).contiguous(), block)
+
+
+def _rotate_both(hessian: Tensor, signs: Tensor, block: int) -> Tensor:
+    """Rows and columns of a symmetric matrix through the transform, in the memory of the result alone."""
+    result = torch.empty_like(hessian)
+    for first in range(0, len(hessian), _PANEL):
+        result[first : first + _PANEL] = _rotate(hessian[first : first + _PANEL], signs, block)
+    for first in range(0, len(hessian), _PANEL):
+        panel = result[:, first : first + _PANEL]
+        panel.copy_(_rotate(panel.t(), signs, block).t())
+    return result.t()
 
 
 class CodeFit(NamedTuple):

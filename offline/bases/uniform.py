@@ -139,7 +139,7 @@ def block_loss(hessian: Tensor, group_size: int) -> GroupLoss:
     columns = len(hessian)
     groups = -(-columns // group_size)
     padding = groups * group_size - columns
-    padded = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+    padded = torch.nn.functional.pad(hessian, (0, padding, 0, padding)) if padding else hessian  # it may be large
     blocks = padded.view(groups, group_size, groups, group_size)
     index = torch.arange(groups, device=hessian.device)
     own = blocks[index, :, index].contiguous()  # [groups, group_size, group_size]

@@ -9,43 +9,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .schema import SAFETENSORS_DTYPES
 
-__all__ = ["filling_safetensors", "json_text", "sync_file", "sync_folder", "write_bytes", "write_safetensors"]
+__all__ = [
+    "CACHE_LINE",
+    "filling_safetensors",
+    "json_text",
+    "sync_file",
+    "sync_folder",
+    "write_bytes",
+    "write_safetensors",
+]
 
 # types of a checkpoint: those of its layers, and those that other tensors may have
 _NAMES = SAFETENSORS_DTYPES | {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+_NAMES |= {torch.float64: "F64"}  # of results that are kept
+CACHE_LINE = 64
+"""Bytes."""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, whose tensors are best read by mapping it.
+
+    Tensors of whole cache lines begin at borders of cache lines, as those that torch allocates do: the last bit of a
+    matrix product depends on that.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full; nothing is left of it.
     """
-    aside = _aside(path)
-    try:
-        save_file(dict(tensors), aside, metadata=None if metadata is None else dict(metadata))
-        _put(aside, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    announced = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with filling_safetensors(path, announced, metadata or {}, alignment=CACHE_LINE) as write:
+        for name, tensor in tensors.items():
+            write(name, tensor)
 
 
 @contextmanager
 def filling_safetensors(
-    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    alignment: int = 1,
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """Write a safetensors file one tensor at a time, in any order.
 
     Args:
         path: of the file, which is there when the block ends.
         tensors: type and shape of each by name; the block has to write all of them.
+        alignment: tensors of a multiple of so many bytes, a power of two, begin at one.
 
     Yields:
         ``(name, tensor)``, writes it.
@@ -53,16 +66,17 @@ def filling_safetensors(
     Raises:
         OSError: the file cannot be written, for example because the disk is full; nothing is left of it.
     """
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
     # large elements first: every tensor then begins at a multiple of its element's size
-    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    order = sorted(tensors, key=lambda name: (sizes[name] % alignment != 0, -tensors[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         dtype, shape = tensors[name]
-        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        begin, end = end, end + sizes[name]
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % max(8, alignment))
     first = 8 + len(text)
     left = set(order)
     aside = _aside(path)
@@ -75,7 +89,7 @@ def filling_safetensors(
                 if (tensor.dtype, tuple(tensor.shape)) != tensors[name]:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not what was announced")
                 file.seek(first + header[name]["data_offsets"][0])
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
                 left.remove(name)
 
             yield write
