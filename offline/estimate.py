@@ -21,6 +21,8 @@ from vllm_requant.format.experts import MIXTURES
 from vllm_requant.format.rows import synthetic_layer
 
 from .bases import Awq, Base, DenseLayer, LayerData
+from .bases.awq import FOLD_ROWS
+from .bases.base import EXPECTED_ERROR_ROWS
 from .calibration import GENERATION_BATCH
 from .folding import Fold
 from .lazy import Positions
@@ -227,12 +229,18 @@ class _Layers:
     def seconds(self, name: str) -> float:
         """Of all layers together."""
         costs = {width: self._cost(name, width) for width in {width for _, width in self.shapes}}
-        most = _ROWS_OF.get(name, math.inf)
         total = sum(
-            count * (costs[width].layer + costs[width].row * min(rows, most))
+            count * (costs[width].layer + costs[width].row * self._rows_seen(name, rows))
             for (rows, width), count in self.shapes.items()
         )
         return total * (len(self.recipe.precisions) if name == "expected_error" else 1)
+
+    def _rows_seen(self, name: str, rows: int) -> int:
+        """Some are evenly spaced and stand for all; see :meth:`LayerData.rows`."""
+        most = {"fold": FOLD_ROWS, "expected_error": EXPECTED_ERROR_ROWS}.get(name, rows)
+        if name == "expected_error" and type(self.recipe.make_base()).expected_error is not Base.expected_error:
+            most = rows
+        return -(-rows // -(-rows // most))
 
     def _cost(self, name: str, width: int) -> _Cost:
         if width <= _LARGEST_WIDTH:
@@ -269,10 +277,6 @@ class _Layers:
         x = torch.randn(width + 64, width, generator=generator).to(self.device)
         weight = torch.randn(rows, width, generator=generator).to(self.device)
         return LayerData(weight, weight.square(), InputStatistics(x.t() @ x / len(x), x.abs().mean(0)))
-
-
-_ROWS_OF = {"expected_error": 128, "fold": 512}
-"""Rows of a layer that are looked at at most."""
 
 
 def _fold(base: Base, layer: LayerData) -> Tensor:

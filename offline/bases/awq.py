@@ -11,10 +11,10 @@ from ..statistics import InputStatistics
 from .base import DenseLayer, LayerData, Need
 from .uniform import UniformBase, block_loss, grouped, minmax_grid, nearest, rounded, searched_grid, to_layer
 
-__all__ = ["Awq"]
+__all__ = ["FOLD_ROWS", "Awq"]
 
 _RATIOS = 20
-_ROWS = 512  # of a weight, evenly spaced, judge a candidate
+FOLD_ROWS = 512  # of a weight, evenly spaced, judge a candidate
 
 
 class Awq(UniformBase):
@@ -84,4 +84,4 @@ class Awq(UniformBase):
 
 
 def _some_rows(weight: Tensor) -> Tensor:
-    return weight[:: -(-len(weight) // _ROWS)]
+    return weight[:: -(-len(weight) // FOLD_ROWS)]

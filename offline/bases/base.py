@@ -12,9 +12,9 @@ from vllm_requant.format import LayerSpec, QuantizedLayer
 
 from ..statistics import InputStatistics
 
-__all__ = ["Base", "DenseLayer", "LayerData", "Need", "relative_error"]
+__all__ = ["EXPECTED_ERROR_ROWS", "Base", "DenseLayer", "LayerData", "Need", "relative_error"]
 
-_ROWS = 128  # that stand for all in an expected error
+EXPECTED_ERROR_ROWS = 128  # that stand for all in an expected error
 
 
 class DenseLayer(NamedTuple):
@@ -130,7 +130,7 @@ class Base(ABC):
 
         It is cheap, so that many precisions can be weighed before one is chosen.
         """
-        some = layer.rows(_ROWS)
+        some = layer.rows(EXPECTED_ERROR_ROWS)
         return some.error(self.quantize(some).weight())
 
     def refit(self, layer: LayerData, dense: DenseLayer, removed: Tensor) -> DenseLayer:
