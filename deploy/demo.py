@@ -52,7 +52,8 @@ def main() -> None:
     if not results.exists() or results.stat().st_mtime < (checkpoint / "config.json").stat().st_mtime:
         command = [*REQUANT, "eval", str(checkpoint), "--against", arguments.model, "--json"]
         results.write_text(run([*command, "--seq-len", "512", "--max-tokens", "8192"], capture=True))
-    scores = json.loads(results.read_text())
+    (evaluation,) = json.loads(results.read_text())["evaluations"]
+    scores = evaluation["scores"]
 
     step("3/4  serve it with vLLM (eager, so that it starts within a minute or two)")
     log_path = arguments.work / "server.log"

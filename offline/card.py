@@ -10,10 +10,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from vllm_requant.format import CheckpointConfig
 from vllm_requant.format.checksums import SUMS_NAME
 
-__all__ = ["CARD_NAME", "inherited", "kept", "model_card"]
+__all__ = ["CARD_NAME", "STDERR", "evaluation_rows", "inherited", "kept", "model_card"]
 
 log = logging.getLogger(__name__)
 CARD_NAME = "README.md"
+STDERR = "_stderr"
+"""End of the name of a score that is the standard error of another."""
 _INHERITED = ("license", "license_name", "license_link", "language")
 _MIB = 2**20
 
@@ -86,7 +88,8 @@ def model_card(
         "## Size\n" + _table(("", "MiB"), _sizes(config, other_nbytes)),
     ]
     if evaluations:
-        parts.append("## Quality\n" + _quality(evaluations))
+        head = ("data", "metric", "value", "conditions")
+        parts.append("## Quality\n" + _table(head, evaluation_rows(evaluations)))
     if "calibration_loss" in report:
         parts.append(
             f"On the calibration set the loss went from {report['calibration_loss_original']:.5f} to "
@@ -122,28 +125,43 @@ def _recipe(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "revision of the original", str(provenance["revision"])
 
 
-def _quality(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
+def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """Data, metric, value with its standard error where that is known, and conditions, of recorded evaluations."""
     for entry in evaluations:
-        for metric, value in entry["scores"].items():
-            rows.append((entry["dataset"], metric.replace("_", " "), f"{value:.5g}", _conditions(entry["conditions"])))
-    return _table(("data", "metric", "value", "conditions"), rows)
+        scores = entry["scores"]
+        for metric, value in scores.items():
+            if not metric.endswith(STDERR):
+                error = scores.get(metric + STDERR)
+                shown = f"{value:.5g}" + ("" if error is None else f" ± {error:.2g}")
+                yield entry["dataset"], _words(metric), shown, _conditions(entry["conditions"])
+
+
+def _words(name: str) -> str:
+    """``exact_match,strict-match``: exact match (strict-match)."""
+    metric, _, chosen = name.partition(",")
+    return metric.replace("_", " ") + (f" ({chosen})" if chosen else "")
 
 
 def _conditions(conditions: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in conditions.items() if len(str(value)) < 60)
+    return ", ".join(
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in conditions.items()
+        if value is not None and len(str(value)) < 60  # a checksum
+    )
 
 
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[EvalResult]:
     for entry in evaluations:
         for metric, value in entry["scores"].items():
-            yield EvalResult(
-                task_type="text-generation",
-                dataset_type=entry["dataset"],
-                dataset_name=entry["dataset"],
-                metric_type=metric,
-                metric_value=value,
-            )
+            if not metric.endswith(STDERR):
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=entry["dataset"],
+                    dataset_name=entry["dataset"],
+                    metric_type=metric.partition(",")[0],
+                    metric_name=_words(metric),
+                    metric_value=value,
+                )
 
 
 def _table(head: Sequence[str], rows: Any) -> str:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .cache import TensorCache
-from .evaluate import EvaluationText, compare, evaluation_windows, predictions
+from .evaluate import EvaluationText, Windows, compare, evaluation_windows, predictions
 from .models import find_layers, load_causal_lm
 from .recipe import Recipe, RecipeError
 from .save import convert_on, save
@@ -122,7 +122,7 @@ class Sweep:
 
     def run(self, pattern: str = "*") -> Iterator[dict[str, Any]]:
         """Run what is not finished and fits the pattern; yields each result after it was written."""
-        reference: dict[str, tuple[Tensor, list[Tensor], dict[str, Any]]] = {}
+        reference: dict[str, tuple[Windows, list[Tensor], dict[str, Any]]] = {}
         self.results()
         for name, choices in self.runs.items():
             if not fnmatch(name, pattern) or name in self.results():
@@ -145,19 +145,19 @@ class Sweep:
             choices["target_bpw"] = self.results()[other]["bits_per_weight"]
         return Recipe(**choices)
 
-    def _references(self) -> Iterator[tuple[str, tuple[Tensor, list[Tensor], dict[str, Any]]]]:
+    def _references(self) -> Iterator[tuple[str, tuple[Windows, list[Tensor], dict[str, Any]]]]:
         """Windows of each text, the original's predictions of them, and the conditions."""
         lm = load_causal_lm(self.source, device=self.device)
         for name, dataset in self.evaluation.items():
             windows, conditions = evaluation_windows(
-                EvaluationText(dataset), lm.tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens
+                EvaluationText(dataset, name), lm.tokenizer, seq_len=self.seq_len, max_tokens=self.max_tokens
             )
             log.info("predictions of the original: %s", name)
             # for differences of about a tenth of a nat half precision is plenty
-            yield name, (windows, list(predictions(lm.model, windows, torch.float16)), conditions | {"dataset": name})
+            yield name, (windows, list(predictions(lm.model, windows, torch.float16)), conditions)
 
     def _one(
-        self, name: str, recipe: Recipe, reference: Mapping[str, tuple[Tensor, list[Tensor], dict[str, Any]]]
+        self, name: str, recipe: Recipe, reference: Mapping[str, tuple[Windows, list[Tensor], dict[str, Any]]]
     ) -> dict[str, Any]:
         started = time.monotonic()
         lm = load_causal_lm(self.source, device=self.device)

@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from tests.pretend_device import pretend_device
 from vllm_requant.offline.bases import LayerData, Qtip
-from vllm_requant.offline.evaluate import compare, predictions
+from vllm_requant.offline.evaluate import Windows, compare, predictions
 from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.pipeline import Conversion, convert
 from vllm_requant.offline.recipe import Recipe
@@ -96,8 +96,9 @@ def test_trellis_on_another_device() -> None:
 def test_evaluation_on_another_device() -> None:
     model = tiny.model(tie_word_embeddings=False)
     model.set_attn_implementation("eager")
-    expected = compare(TOKENS, predictions(model, TOKENS), predictions(model, TOKENS))
+    windows = Windows(TOKENS, [TOKENS.shape[1] - 1] * len(TOKENS))
+    expected = compare(windows, predictions(model, windows), predictions(model, windows))
     with pretend_device() as device:
         model.to(device)
-        scores = compare(TOKENS, predictions(model, TOKENS), list(predictions(model, TOKENS)))
+        scores = compare(windows, predictions(model, windows), list(predictions(model, windows)))
     assert scores == pytest.approx(expected, rel=1e-4)

@@ -9,12 +9,21 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "LowMemory", "find_device", "named_models"]
+__all__ = ["Device", "EvaluationTexts", "LowMemory", "evaluation_texts", "find_device", "named_models"]
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 LowMemory = Annotated[
     bool,
     typer.Option("--low-memory", help="Compute activations twice, collect statistics in host memory (see --device)."),
+]
+EvaluationTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dataset",
+        metavar="[NAME=]TEXT",
+        help="wikitext2, c4, a text or JSONL file, a Hub data set (test split), or python-docs (built in, no network; "
+        "the default); NAME is what results call it; may be given more than once.",
+    ),
 ]
 
 
@@ -40,6 +49,30 @@ def find_device(name: str) -> "torch.device":
     if (device.index or 0) >= present:
         raise RecipeError(f"--device {name}: PyTorch sees {present} GPUs here; use --device cpu, or a build with CUDA")
     return device
+
+
+def evaluation_texts(items: list[str]) -> dict[str, str]:
+    """Texts by name, from every ``--dataset``; one that has no name is called as it is, a file without its folder.
+
+    Raises:
+        RecipeError: one is not of that form, or its name is taken.
+        CalibrationError: a text cannot be had.
+    """
+    from ..offline.evaluate import check_evaluation_text
+    from ..offline.recipe import RecipeError
+
+    texts: dict[str, str] = {}
+    for item in items:
+        name, separator, text = item.partition("=")
+        if not separator or Path(item).is_file():
+            name, text = Path(item).name if Path(item).is_file() else item, item
+        if not name or not text:
+            raise RecipeError(f"--dataset {item}: write NAME=TEXT, or TEXT alone")
+        if name in texts:
+            raise RecipeError(f"--dataset {item}: {name} is taken; write NAME=TEXT with another name")
+        check_evaluation_text(text)
+        texts[name] = text
+    return texts
 
 
 def named_models(items: list[str] | None, taken: Collection[str]) -> dict[str, Path]:

@@ -44,7 +44,7 @@ def set_up_logging(*, quiet: bool = False) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for noisy in ("httpx", "httpx2", "filelock", "urllib3", "transformers"):
+    for noisy in ("httpx", "httpx2", "filelock", "urllib3", "transformers", "lm_eval", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -131,6 +131,7 @@ def _fail(status: int, *reasons: object) -> None:
 
 
 def _hide_bars() -> None:
-    # read by huggingface_hub and by tqdm when they are imported; ours are drawn by offline.progress
+    # read by these packages when they are imported; ours are drawn by offline.progress
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

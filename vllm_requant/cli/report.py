@@ -88,10 +88,15 @@ def _sections(evidence: "Evidence") -> "list[Section]":
 
 
 def _facts(conversion: "Conversion") -> dict[str, str]:
+    from ..offline.card import evaluation_rows
+
     lines = facts(describe(conversion.folder))
     original, result = (conversion.report.get(f"calibration_loss{of}") for of in ("_original", ""))
     if original is not None and result is not None:
         lines["calibration loss"] = f"{original:.5f} → {result:.5f}"
+    rows = evaluation_rows(conversion.report.get("evaluations", []))
+    for number, (data, metric, value, conditions) in enumerate(rows, start=1):
+        lines[f"evaluation {number}"] = f"{data}: {metric} {value} ({conditions})"
     for number, line in enumerate(incident_lines(conversion.checkpoint.config.provenance.get("incidents")), start=1):
         lines[f"incident {number}"] = line
     return lines

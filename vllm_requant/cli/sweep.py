@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, LowMemory, find_device
+from .options import Device, EvaluationTexts, LowMemory, evaluation_texts, find_device
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
@@ -16,9 +16,7 @@ def command(
     runs: Annotated[Path, typer.Option(help="TOML file of runs; see vllm_requant/offline/sweep.py.", exists=True)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Results, a JSON object a line; finished runs stay.")],
     calibration_dataset: Annotated[str, typer.Option(help="Calibration text, as for convert.")] = "self",
-    dataset: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=TEXT", help="Held-out text; may be given more than once.")
-    ] = None,
+    dataset: EvaluationTexts = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most that many tokens of each text.")] = None,
     only: Annotated[str, typer.Option(metavar="GLOB", help="Run only runs whose name fits.")] = "*",
@@ -36,17 +34,9 @@ def command(
         from ..offline.calibration import check_dataset
         from ..offline.evaluate import BUILTIN_DATASET
         from ..offline.models import resolve_source
-        from ..offline.recipe import RecipeError
         from ..offline.sweep import Sweep, read_runs
 
-        evaluation = {}
-        for item in dataset or [f"{BUILTIN_DATASET}={BUILTIN_DATASET}"]:
-            name, separator, text = item.partition("=")
-            if not separator or not text:
-                raise RecipeError(f"--dataset {item}: write NAME=TEXT")
-            if text != BUILTIN_DATASET:
-                check_dataset(text)
-            evaluation[name] = text
+        evaluation = evaluation_texts(dataset or [BUILTIN_DATASET])
         check_dataset(calibration_dataset)
         resolve_source(model)
         sweep = Sweep(

@@ -36,7 +36,7 @@ def command(
         from ..format.durable import json_text, write_bytes
         from ..offline.cache import TensorCache
         from ..offline.calibration import check_dataset, load_calibration
-        from ..offline.evaluate import BUILTIN_DATASET, EvaluationText, evaluation_windows
+        from ..offline.evaluate import EvaluationText, evaluation_windows
         from ..offline.models import load_causal_lm, resolve_source
         from ..offline.recipe import RecipeError
         from ..offline.tables import TABLES, Tables
@@ -45,8 +45,6 @@ def command(
         if not wanted or any(number not in TABLES for number in wanted):
             raise RecipeError(f"--only {only}: write numbers of {', '.join(map(str, TABLES))}")
         check_dataset(calibration_dataset)
-        if dataset != BUILTIN_DATASET:
-            check_dataset(dataset)
         resolve_source(model)
         text = EvaluationText(dataset)
         output.mkdir(parents=True, exist_ok=True)
@@ -62,8 +60,13 @@ def command(
             cache=kept,
         )
         test, conditions = evaluation_windows(text, lm.tokenizer, seq_len=seq_len, max_tokens=max_tokens)
-        tables = Tables(lm, calibration.tokens, test, bits, compute, kept)
-        settings: dict[str, Any] = {"model": Path(model).name, "calibration": calibration.describe(), "test": conditions}
+        tables = Tables(lm, calibration.tokens, test.tokens, bits, compute, kept)
+        conditions["dataset"] = text.name
+        settings: dict[str, Any] = {
+            "model": Path(model).name,
+            "calibration": calibration.describe(),
+            "test": conditions,
+        }
         settings |= {"base": tables.recipe.base, "bits": bits, "compute": tables.recipe.compute}
         made: list[Table] = []
         for number in wanted:

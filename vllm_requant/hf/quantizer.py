@@ -74,6 +74,9 @@ class RequantTransformersQuantizer(HfQuantizer):
                     raise ReQuantFormatError(f"{target} is tied to it, and it is no embedding", tensor=source)
                 model.set_submodule(target, TiedHead(embedding))
                 del model.all_tied_weights_keys[f"{target}.weight"]
+                # from which a later tie_weights() begins anew
+                tied_keys = model._tied_weights_keys or {}
+                model._tied_weights_keys = {key: of for key, of in tied_keys.items() if key != f"{target}.weight"}
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in model.modules():
