@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .cache import TensorCache
 from .evaluate import EvaluationText, Windows, compare, evaluation_windows, predictions
-from .models import find_layers, load_causal_lm
+from .models import find_layers, load_causal_lm, other_weights
 from .recipe import Recipe, RecipeError
 from .save import convert_on, save
 
@@ -46,8 +46,11 @@ log = logging.getLogger(__name__)
 _SIZE_OF = "size_of"
 
 
-def read_runs(path: Path) -> dict[str, dict[str, Any]]:
+def read_runs(path: Path, changed: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """The runs of a TOML file: choices by name, those of all runs included.
+
+    Args:
+        changed: choices that take the place of those of the file, in all runs.
 
     Raises:
         RecipeError: the file is not TOML, names a field that a recipe does not have, a choice that is not
@@ -63,7 +66,7 @@ def read_runs(path: Path) -> dict[str, dict[str, Any]]:
     known = {field.name for field in fields(Recipe)} | {_SIZE_OF}
     result: dict[str, dict[str, Any]] = {}
     for name, own in runs.items():
-        choices = shared | own
+        choices = shared | own | dict(changed or {})
         if unknown := choices.keys() - known:
             raise RecipeError(f"{path}: run {name}: {min(unknown)} is not a choice of a recipe")
         if _SIZE_OF in choices and choices[_SIZE_OF] not in result:
@@ -179,8 +182,10 @@ class Sweep:
         bits = sum(8 * layer.spec.nbytes for layer in conversion.layers.values())
         numel = sum(layer.spec.numel for layer in conversion.layers.values())
         report = {key: value for key, value in conversion.report.items() if key != "layers"}
+        others = other_weights(lm.model, set(conversion.layers)).values()
         return {
             "bits_per_weight": bits / numel,
+            "nbytes": bits // 8 + sum(2 * tensor.numel() for tensor in others),
             "nnz": sum(layer.spec.nnz for layer in conversion.layers.values()),
             "seconds": round(seconds, 1),
             "scores": scores,

@@ -1,7 +1,8 @@
-"""Tables 1 to 5 and 8 of arXiv 2503.01901 for any model, beside the paper's own numbers for its own.
+"""Tables 1 to 8, 10 and 11 of arXiv 2503.01901 for any model, beside the paper's own numbers for its own.
 
-What the paper does not say of its settings is in the arguments. Weights are SqueezeLLM's, 4 bit, as there: its
-perplexities before and after quantization differ by the ΔF of tables 1 to 3.
+Tables 6, 7, 10 and 11 are of conversions, which a sweep has made; the others are measured here. What the paper does not
+say of its settings is in the arguments. Weights are SqueezeLLM's, 4 bit, as there: its perplexities before and after
+quantization differ by the ΔF of tables 1 to 3.
 """
 
 import math
@@ -24,7 +25,7 @@ from .recipe import Recipe
 from .report.evidence import place
 from .second_order import expand
 
-__all__ = ["TABLES", "Table", "Tables"]
+__all__ = ["TABLES", "Table", "Tables", "result_tables"]
 
 _LAMBDAS = (1e-1, 5e-2, 1e-2, 5e-3, 1e-3)
 _RULES = (("uniform", 4), ("uniform", 8), ("uniform", 16), ("uniform", 32), ("gauss", 2), ("gauss", 4), ("gauss", 8))
@@ -40,6 +41,7 @@ class Table:
         title: for people.
         columns, rows: the numbers; the first ``keys`` columns say what a row is about.
         published: the paper's rows, for one of its models.
+        beside: what the paper's columns are, if not the same.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Table:
     rows: Sequence[Sequence[Any]]
     keys: int = 1
     published: Sequence[Sequence[Any]] | None = None
+    beside: Sequence[str] = ()
 
 
 @dataclass
@@ -199,6 +202,66 @@ class Tables:
         for what, choices in variants.items():
             made = convert(self.lm, replace(self.recipe, **choices), self.tokens, cache=self.cache)
             yield what, *scores({name: layer.weight() for name, layer in made.layers.items()}, what)
+
+
+def result_tables(results: Sequence[Mapping[str, Any]], source: str) -> list[Table]:
+    """Tables 6 (of QTIP) and 7 (of the others), 10 and 11, from what a sweep has written.
+
+    Args:
+        results: objects of the sweep's file, named as in ``offline/recipes``.
+        source: of the model.
+    """
+    by_base = {6: [row for row in results if row["recipe"]["base"] == "qtip"]}
+    by_base[7] = [row for row in results if row["recipe"]["base"] != "qtip"]
+    made = [
+        Table(
+            number,
+            "Bits, size and quality",
+            ("run", "bits a weight", "GB", *(f"{text}: perplexity" for text in rows[0]["scores"])),
+            [
+                (
+                    row["name"],
+                    row["bits_per_weight"],
+                    row["nbytes"] / 1e9,
+                    *(score["perplexity"] for score in row["scores"].values()),
+                )
+                for row in rows
+            ],
+            published=published(number, source),
+            beside=("bits", "GB", "WikiText-2: perplexity", "MATH, 4-shot"),
+        )
+        for number, rows in by_base.items()
+        if rows
+    ]
+    settings = ("base", "num_samples", "seq_len", "quadrature", "nodes", "rounds", "outliers", "significant")
+    made.append(
+        Table(
+            10,
+            "Settings",
+            ("run", "calibration text", *settings),
+            [
+                (row["name"], (row["calibration"] or {}).get("dataset"), *(row["recipe"][key] for key in settings))
+                for row in results
+            ],
+        )
+    )
+    made.append(
+        Table(
+            11,
+            "Time of the integrals, losses included",
+            ("run", "sequences", "tokens", "hours"),
+            [
+                (row["name"], count, count * row["recipe"]["seq_len"], _hours(row["report"]["stages"]["seconds"]))
+                for row in results
+                for count in [row["recipe"]["path_samples"] or row["recipe"]["num_samples"]]
+            ],
+        )
+    )
+    return made
+
+
+def _hours(seconds: Mapping[str, float]) -> float:
+    return sum(seconds.get(stage, 0.0) for stage in ("outlier_ratio", "significant", "candidates")) / 3600
 
 
 def _fixed(*columns: str) -> Callable[[Tables], Sequence[str]]:

@@ -25,6 +25,12 @@ def command(
     dataset: Annotated[str, typer.Option(help="Test text of table 8.")] = "python-docs",
     max_tokens: Annotated[int, typer.Option(help="Tokens of it.")] = 8192,
     compute: Annotated[str, typer.Option(help="Precision of the gradients: float32; bfloat16; auto.")] = "float32",
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, help="What requant sweep wrote: also tables 6 or 7, 10 and 11; --only '' for them alone."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keeps gradients and integrals [OUTPUT/cache].")] = None,
     device: Device = "auto",
@@ -33,62 +39,56 @@ def command(
     """Estimates and actual losses, quadratures, PQI by sublayer and share, ablation: tables 1 to 5 and 8."""
     set_up_logging()
     with command_errors():
+        from dataclasses import asdict
+
         from ..format.durable import json_text, write_bytes
         from ..offline.cache import TensorCache
         from ..offline.calibration import check_dataset, load_calibration
         from ..offline.evaluate import EvaluationText, evaluation_windows
         from ..offline.models import load_causal_lm, resolve_source
         from ..offline.recipe import RecipeError
-        from ..offline.tables import TABLES, Tables
+        from ..offline.report.evidence import Evidence
+        from ..offline.tables import TABLES, Tables, result_tables
 
-        wanted = [int(number) for number in only.split(",") if number.strip().isdigit()]
-        if not wanted or any(number not in TABLES for number in wanted):
+        wanted = [number.strip() for number in only.split(",") if number.strip()]
+        if any(number not in map(str, TABLES) for number in wanted) or not (wanted or results):
             raise RecipeError(f"--only {only}: write numbers of {', '.join(map(str, TABLES))}")
-        check_dataset(calibration_dataset)
-        resolve_source(model)
-        text = EvaluationText(dataset)
         output.mkdir(parents=True, exist_ok=True)
-        kept = TensorCache(cache or output / "cache")
-        lm = load_causal_lm(model, revision=revision, device=find_device(device))
-        calibration = load_calibration(
-            calibration_dataset,
-            lm.model,
-            lm.tokenizer,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            seed=0,
-            cache=kept,
-        )
-        test, conditions = evaluation_windows(text, lm.tokenizer, seq_len=seq_len, max_tokens=max_tokens)
-        tables = Tables(lm, calibration.tokens, test.tokens, bits, compute, kept)
-        conditions["dataset"] = text.name
-        settings: dict[str, Any] = {
-            "model": Path(model).name,
-            "calibration": calibration.describe(),
-            "test": conditions,
-        }
-        settings |= {"base": tables.recipe.base, "bits": bits, "compute": tables.recipe.compute}
+        settings: dict[str, Any] = {"model": Path(model).name}
         made: list[Table] = []
-        for number in wanted:
-            made.append(tables.make(number))
-            if not as_json:
-                typer.echo(_markdown(made[-1]))
-            # after each: they take long
-            content = settings | {"tables": [_described(table) for table in made]}
-            write_bytes(output / "tables.json", json_text(content).encode())
+
+        def keep(tables: "list[Table]") -> None:
+            made.extend(tables)
+            write_bytes(output / "tables.json", json_text(settings | {"tables": list(map(asdict, made))}).encode())
             write_bytes(output / "tables.md", "\n".join(map(_markdown, made)).encode())
+            if not as_json:
+                typer.echo("\n".join(map(_markdown, tables)))
+
+        if results is not None:
+            keep(result_tables(Evidence.read([], [results], None).results, model))
+        if wanted:
+            check_dataset(calibration_dataset)
+            resolve_source(model)
+            text = EvaluationText(dataset)
+            kept = TensorCache(cache or output / "cache")
+            lm = load_causal_lm(model, revision=revision, device=find_device(device))
+            calibration = load_calibration(
+                calibration_dataset,
+                lm.model,
+                lm.tokenizer,
+                num_samples=num_samples,
+                seq_len=seq_len,
+                seed=0,
+                cache=kept,
+            )
+            test, conditions = evaluation_windows(text, lm.tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+            tables = Tables(lm, calibration.tokens, test.tokens, bits, compute, kept)
+            settings |= {"calibration": calibration.describe(), "test": conditions, "bits": bits}
+            settings |= {"base": tables.recipe.base, "compute": tables.recipe.compute}
+            for number in wanted:
+                keep([tables.make(int(number))])  # each is kept when it is made: they take long
         if as_json:
-            print_json(content)
-
-
-def _described(table: "Table") -> dict[str, Any]:
-    return {
-        "number": table.number,
-        "title": table.title,
-        "columns": list(table.columns),
-        "rows": [list(row) for row in table.rows],
-        "published": None if table.published is None else [list(row) for row in table.published],
-    }
+            print_json(settings | {"tables": list(map(asdict, made))})
 
 
 def _markdown(table: "Table") -> str:
@@ -96,14 +96,15 @@ def _markdown(table: "Table") -> str:
     beside = {row[: table.keys]: row[table.keys :] for row in map(tuple, table.published or ())}
     head = list(table.columns)
     if beside:
-        head += [f"paper: {column}" for column in table.columns[table.keys :]]
+        head += [f"paper: {column}" for column in table.beside or table.columns[table.keys :]]
     lines = [head, ["---"] * len(head)]
+    nothing = ("",) * (len(head) - len(table.columns))
     for row in table.rows:
-        theirs = beside.get(tuple(row[: table.keys]), ("",) * (len(row) - table.keys)) if beside else ()
+        theirs = beside.get(tuple(row[: table.keys]), nothing)
         lines.append([_cell(value) for value in (*row, *theirs)])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"Table {table.number}. {table.title}\n\n{text}\n"
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
