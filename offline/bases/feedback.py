@@ -13,18 +13,20 @@ from vllm_requant.format.sparse import all_finite
 
 from .. import incidents
 
-__all__ = ["block_feedback", "compensate", "inverse_factor", "reversed_factor"]
+__all__ = ["Rows", "compensate", "reversed_factor", "reversed_feedback", "reversed_inverse", "upright"]
 
 _BLOCK = 128
 _PANEL = 256  # rows or columns of a large matrix that are worked on at a time
 _DAMPING, _MORE_DAMPING = 0.01, (0.1, 1.0)
 _NOT_POSITIVE = "the input moments are not positive definite"
 
+Rows = Callable[[slice], Tensor]
+"""Rows of a matrix, float32 ``[rows, columns]``; what is made of one need not exist as a whole"""
 Nearest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """``(column, values [rows]) → (codes [rows], dequantized [rows])``"""
 
 
-def reversed_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | None = None) -> Tensor:
+def reversed_factor(rows: Rows, columns: int, damping: float = _DAMPING) -> Tensor:
     """Lower triangular L with ``L Lᵀ = J (H + λI) J``, J the matrix that reverses an order.
 
     ``V = J L J`` is an upper triangular factor of ``H + λI``: a Cholesky factor of the matrix with its columns in
@@ -35,9 +37,9 @@ def reversed_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | 
     the diagonal count as zero.
 
     Args:
-        hessian: ``[columns, columns]``, symmetric, non-negative diagonal.
+        rows: of H, symmetric, with a non-negative diagonal; asked for as often as λ grows.
+        columns: of H.
         damping: first λ over the mean of the diagonal.
-        order: int64 ``[columns]``, in which rows and columns are taken; None for their own.
 
     Returns:
         float64 ``[columns, columns]``, in the memory of one such matrix, which is all that is taken.
@@ -45,19 +47,18 @@ def reversed_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | 
     Raises:
         ValueError: the matrix holds a value that is not finite.
     """
-    if not all(all_finite(hessian[rows]) for rows in _panels(len(hessian))):  # no copy, whatever its strides
-        raise ValueError("the second moment of the inputs is not finite")
-    columns = len(hessian)
-    order = torch.arange(columns, device=hessian.device) if order is None else order
-    reverse = order.flip(0)
-    diagonal = hessian.diagonal().double()[reverse]
-    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    device = rows(slice(0, 1)).device
     # column-major, as LAPACK wants it, which then works in place: the matrix may be larger than all else
-    lower = torch.empty(columns, columns, dtype=torch.float64, device=hessian.device).t()
-    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    lower = torch.empty(columns, columns, dtype=torch.float64, device=device).t()
+    failed = torch.empty((), dtype=torch.int32, device=device)
     for tried in (damping, *(more for more in _MORE_DAMPING if more > damping)):
-        for rows in _panels(columns):
-            lower[rows] = hessian[reverse[rows]][:, reverse].double()
+        for panel in _panels(columns):
+            part = rows(panel)
+            if not all_finite(part):
+                raise ValueError("the second moment of the inputs is not finite")
+            lower[_mirrored(panel, columns)] = part.flip(0, 1).double()
+        diagonal = lower.diagonal().clone()
+        mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
         lower.diagonal().copy_(diagonal + tried * mean)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
@@ -69,20 +70,19 @@ def reversed_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | 
     return lower
 
 
-def inverse_factor(hessian: Tensor, damping: float = _DAMPING, order: Tensor | None = None) -> Tensor:
-    """Upper triangular U with ``UᵀU = (H + λI)⁻¹``, float32; arguments and errors as :func:`reversed_factor`."""
-    lower = reversed_factor(hessian, damping, order)
-    columns = len(lower)
-    inverse = torch.empty(columns, columns, device=lower.device)
+def reversed_inverse(rows: Rows, columns: int, damping: float = _DAMPING) -> Tensor:
+    """``J U J`` with U upper triangular and ``UᵀU = (H + λI)⁻¹``; everything else as :func:`reversed_factor`."""
+    lower = reversed_factor(rows, columns, damping)
     for panel in _panels(columns):
         unit = torch.zeros(panel.stop - panel.start, columns, dtype=lower.dtype, device=lower.device).t()
-        at = torch.arange(panel.start, panel.stop, device=lower.device)
-        unit[columns - 1 - at, at - panel.start] = 1.0
-        inverse[:, panel] = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0)
-    return inverse
+        unit[panel].fill_diagonal_(1.0)
+        # columns of the inverse take the place of the factor's, of which later ones need no more than that they are
+        # finite: their own units are zero there
+        lower[:, panel] = torch.linalg.solve_triangular(lower, unit, upper=False)
+    return lower
 
 
-def block_feedback(hessian: Tensor, width: int, damping: float = _DAMPING) -> Tensor:
+def reversed_feedback(rows: Rows, columns: int, width: int, damping: float = _DAMPING) -> Tensor:
     """How errors in earlier columns move the target of later ones that are quantized in blocks.
 
     ``H = V D Vᵀ`` with D block diagonal and V block upper triangular, identities on its diagonal. Then ``E H Eᵀ`` is
@@ -90,25 +90,31 @@ def block_feedback(hessian: Tensor, width: int, damping: float = _DAMPING) -> Te
     with E the weight less its quantized value.
 
     Args:
-        hessian, damping: as in :func:`reversed_factor`.
+        rows, columns, damping: as in :func:`reversed_factor`.
         width: columns of a block; divides their number.
 
     Returns:
-        V, float32 ``[columns, columns]``.
+        ``J V J``, float64 ``[columns, columns]``, in the memory of one such matrix.
     """
-    lower = reversed_factor(hessian, damping)
-    del hessian  # nobody else may want it
-    columns = len(lower)
+    lower = reversed_factor(rows, columns, damping)
     blocks = columns // width
     index = torch.arange(blocks, device=lower.device)
     own = lower.t().view(blocks, width, blocks, width)[index, :, index].mT.flip(0, 1, 2)
     unit = torch.linalg.inv(own)
-    result = torch.empty(columns, columns, device=lower.device)
-    for rows in _panels(columns):
-        upper = lower[columns - rows.stop : columns - rows.start].flip(0, 1)
-        by_block = upper.reshape(-1, blocks, width)
-        result[rows] = torch.einsum("nbw,bwv->nbv", by_block, unit).reshape(upper.shape).float()
-    return result
+    for panel in _panels(columns):
+        upper = lower[_mirrored(panel, columns)].flip(0, 1)
+        by_block = torch.einsum("nbw,bwv->nbv", upper.reshape(-1, blocks, width), unit)
+        lower[_mirrored(panel, columns)] = by_block.reshape(upper.shape).flip(0, 1)
+    return lower
+
+
+def upright(reversed_matrix: Tensor, rows: slice) -> Tensor:
+    """Rows of ``J M J``, float32."""
+    return reversed_matrix[_mirrored(rows, len(reversed_matrix))].flip(0, 1).float().contiguous()
+
+
+def _mirrored(rows: slice, columns: int) -> slice:
+    return slice(columns - rows.stop, columns - rows.start)
 
 
 def _panels(columns: int) -> Iterator[slice]:
@@ -135,23 +141,24 @@ def compensate(
         nearest: the quantizer of one column.
         exact: bool ``[rows, columns]``: positions that will be ``weight`` itself, as the residual makes them. Their
             error is what feedback has moved them by.
-        damping: as in :func:`inverse_factor`.
+        damping: as in :func:`reversed_factor`.
 
     Returns:
         Codes ``[rows, columns]`` of the dtype that ``nearest`` gives.
     """
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(hessian, damping, order)
+    columns = len(order)
+    inverse = reversed_inverse(lambda rows: hessian[order[rows]][:, order], columns, damping)
     # column-major: the loop reads and writes columns
     original = weight.t()[order].contiguous()
     fixed = None if exact is None else exact.t()[order].contiguous()
     # at an exact position only the displacement counts: it is kept about 0, where a large weight costs no precision
     moved = original.clone() if fixed is None else original.masked_fill(fixed, 0.0)
-    columns = len(moved)
     where = order.tolist()
     codes: list[Tensor] = []
     for begin in range(0, columns, _BLOCK):
         end = min(begin + _BLOCK, columns)
+        factor = upright(inverse, slice(begin, end))
         errors = torch.empty_like(moved[begin:end])
         for j in range(begin, end):
             if fixed is None:
@@ -160,10 +167,11 @@ def compensate(
                 code, value = nearest(where[j], torch.where(fixed[j], original[j], moved[j]))
                 value = value.masked_fill(fixed[j], 0.0)
             codes.append(code)
-            error = (moved[j] - value) / factor[j, j]
+            own = factor[j - begin]
+            error = (moved[j] - value) / own[j]
             errors[j - begin] = error
-            moved[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
-        moved[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
+            moved[j + 1 : end].addr_(own[j + 1 : end], error, alpha=-1)
+        moved[end:].addmm_(factor[:, end:].t(), errors, alpha=-1)
     stacked = torch.stack(codes)
     result = torch.empty_like(stacked)
     result[order] = stacked

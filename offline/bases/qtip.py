@@ -17,7 +17,7 @@ from vllm_requant.kernels.bitstream import pack_codes
 from vllm_requant.kernels.reference import TILE, hadamard_blocks, trellis_code
 
 from .base import Base, DenseLayer, LayerData, Need
-from .feedback import block_feedback
+from .feedback import reversed_feedback, upright
 from .uniform import SMALLEST_SCALE
 from .viterbi import code_on, trellis_path
 
@@ -25,7 +25,6 @@ __all__ = ["CodeFit", "Qtip", "code_fit", "hadamard_block"]
 
 _BLOCKS = (128, 64, 32, 16)
 _SIGNS_SEED = 0x7E111
-_PANEL = 512  # rows or columns of a large matrix that are worked on at a time
 _LAZY = 128  # columns after which the feedback reaches all that follow
 
 
@@ -75,8 +74,9 @@ class Qtip(Base):
     def quantize(self, layer: LayerData, removed: Tensor | None = None) -> DenseLayer:
         spec = self.spec(*layer.weight.shape[::-1])
         signs_in, signs_out = (_signs(n).to(layer.weight.device) for n in (spec.in_features, spec.out_features))
-        feedback = block_feedback(
-            _rotate_both(layer.require_inputs().hessian, signs_in, spec.block_in), spec.tile_columns
+        hessian = layer.require_inputs().hessian
+        feedback = reversed_feedback(
+            lambda rows: _rotate_both(hessian, rows, signs_in, spec.block_in), spec.in_features, spec.tile_columns
         )
         weight = layer.weight if removed is None else layer.weight.masked_fill(removed, 0.0)
         rotated = _rotate(_rotate(weight, signs_in, spec.block_in).t(), signs_out, spec.block_out).t().contiguous()
@@ -109,24 +109,26 @@ class Qtip(Base):
         code = code_on(rotated.device, self.state_bits)
         # a scale of 0 stands for a block of zeros
         by_block = scales.float().clamp(min=SMALLEST_SCALE)
-        by_column = by_block.repeat_interleave(spec.block_in, 1).repeat_interleave(rows, 0)
+        by_row = by_block.repeat_interleave(rows, 0)
         target = rotated.clone()
         shape = spec.out_features // rows, spec.in_features // width, TILE
         states = torch.empty(shape, dtype=torch.int32, device=rotated.device)
         for begin in range(0, spec.in_features, _LAZY):
             end = min(begin + _LAZY, spec.in_features)
+            moves = upright(feedback, slice(begin, end))
             errors = torch.empty(spec.out_features, end - begin, device=rotated.device)
             for first in range(begin, end, width):
                 at = slice(first, first + width)
+                scale = by_row[:, first // spec.block_in, None]  # a tile lies in one block
                 # within a string rows run fastest
-                strings = (target[:, at] / by_column[:, at]).view(-1, rows, width).transpose(1, 2).reshape(-1, TILE)
+                strings = (target[:, at] / scale).view(-1, rows, width).transpose(1, 2).reshape(-1, TILE)
                 path = trellis_path(strings, code, self.width)
                 states[:, first // width] = path
                 value = code[path.long()].view(-1, width, rows).transpose(1, 2).reshape(-1, width)
-                error = rotated[:, at] - value * by_column[:, at]
+                error = rotated[:, at] - value * scale
                 errors[:, first - begin : first - begin + width] = error
-                target[:, at.stop : end] += error @ feedback[at, at.stop : end]
-            target[:, end:] += errors @ feedback[begin:end, end:]
+                target[:, at.stop : end] += error @ moves[first - begin : at.stop - begin, at.stop : end]
+            target[:, end:] += errors @ moves[:, end:]
         return states
 
 
@@ -142,15 +144,13 @@ def _rotate(matrix: Tensor, signs: Tensor, block: int) -> Tensor:
     return hadamard_blocks((matrix * signs.to(matrix.device)).contiguous(), block)
 
 
-def _rotate_both(hessian: Tensor, signs: Tensor, block: int) -> Tensor:
-    """Rows and columns of a symmetric matrix through the transform, in the memory of the result alone."""
-    result = torch.empty_like(hessian)
-    for first in range(0, len(hessian), _PANEL):
-        result[first : first + _PANEL] = _rotate(hessian[first : first + _PANEL], signs, block)
-    for first in range(0, len(hessian), _PANEL):
-        panel = result[:, first : first + _PANEL]
-        panel.copy_(_rotate(panel.t(), signs, block).t())
-    return result.t()
+def _rotate_both(hessian: Tensor, rows: slice, signs: Tensor, block: int) -> Tensor:
+    """Some rows of a symmetric matrix whose rows and columns both go through the transform."""
+    begin = rows.start - rows.start % block
+    end = min(-(-rows.stop // block) * block, len(hessian))
+    # by symmetry the columns of a few blocks are their rows
+    columns = _rotate(hessian[begin:end].t(), signs[begin:end], block)
+    return _rotate(columns.t(), signs, block)[rows.start - begin : rows.stop - begin]
 
 
 class CodeFit(NamedTuple):

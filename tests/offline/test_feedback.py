@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_requant.offline.bases.feedback import compensate, inverse_factor
+from vllm_requant.offline.bases.feedback import compensate, reversed_inverse, upright
 from vllm_requant.offline.incidents import collecting
 
 
@@ -14,6 +14,11 @@ def _problem(columns: int = 150) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, x.t() @ x / len(x)
 
 
+def _inverse(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
+    columns = len(hessian)
+    return upright(reversed_inverse(lambda rows: hessian[rows], columns, damping), slice(0, columns))
+
+
 def _round(column: int, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.round(values / 0.5)
     return codes, codes * 0.5
@@ -21,7 +26,7 @@ def _round(column: int, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 def test_factor_inverts() -> None:
     _, hessian = _problem()
-    factor = inverse_factor(hessian, 1e-3)
+    factor = _inverse(hessian, 1e-3)
     assert torch.equal(factor, factor.triu())
     damped = hessian + 1e-3 * hessian.diagonal().mean() * torch.eye(len(hessian))
     torch.testing.assert_close(factor.t() @ factor @ damped, torch.eye(len(hessian)), atol=1e-3, rtol=0)
@@ -74,7 +79,7 @@ def test_singular_second_moments_are_damped() -> None:
     broken = x.t() @ x
     broken -= 0.3 * broken.diagonal().mean() * torch.eye(len(broken))
     with collecting() as found:
-        assert torch.isfinite(inverse_factor(broken)).all()
+        assert torch.isfinite(_inverse(broken)).all()
     assert [incident.fallback for incident in found] == ["damping 1 in the place of 0.01"]
 
 
@@ -87,4 +92,4 @@ def test_hopeless_second_moments_count_as_diagonal() -> None:
     assert [incident.fallback for incident in found] == ["no error feedback"]
     assert torch.equal(codes, compensate(weight, hopeless.diagonal().diag(), _round))
     with pytest.raises(ValueError, match="not finite"):
-        inverse_factor(torch.full((3, 3), torch.nan))
+        _inverse(torch.full((3, 3), torch.nan))

@@ -8,7 +8,7 @@ import torch
 from vllm_requant.format import QuantizedLayer
 from vllm_requant.kernels.reference import TILE, trellis_code, trellis_states
 from vllm_requant.offline.bases import LayerData, Qtip, Rtn
-from vllm_requant.offline.bases.feedback import block_feedback, reversed_factor
+from vllm_requant.offline.bases.feedback import reversed_factor, reversed_feedback
 from vllm_requant.offline.bases.qtip import _pack, code_fit, hadamard_block
 from vllm_requant.offline.bases.viterbi import closed_paths, trellis_path
 from vllm_requant.offline.statistics import InputStatistics
@@ -103,11 +103,12 @@ def test_impossible_trellis_is_refused() -> None:
 def test_block_feedback_completes_the_square(width: int) -> None:
     x = torch.randn(100, 24, generator=torch.Generator().manual_seed(0))
     hessian = x.t() @ x
-    factor = reversed_factor(hessian, 0.01).flip(0, 1)
+    rows = hessian.__getitem__
+    factor = reversed_factor(rows, 24, 0.01).flip(0, 1)
     assert torch.equal(factor, factor.triu())
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(24)
     torch.testing.assert_close(factor @ factor.t(), damped)
-    feedback = block_feedback(hessian, width).double()
+    feedback = reversed_feedback(rows, 24, width).flip(0, 1)
     for first in range(0, 24, width):
         own = feedback[first : first + width, first : first + width]
         torch.testing.assert_close(own, torch.eye(width, dtype=torch.float64), atol=1e-5, rtol=0)
