@@ -1,5 +1,9 @@
 """A model that stays in its files, walked block by block, against the same model in memory."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from vllm_requant.offline.cache import TensorCache
+from vllm_requant.offline.cache import TensorCache, matrices_changed, model_fingerprint
 from vllm_requant.offline.mapped import load_mapped
 from vllm_requant.offline.models import CausalLM, ModelError, find_layers, load_causal_lm
 from vllm_requant.offline.pqi import Objective
@@ -102,3 +106,51 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-10])
     with pytest.raises(ModelError, match="is not a whole safetensors file"):
         load_mapped(str(source), tmp_path / "rounded")
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_key_value_heads": 4}
+    # the first one brings in what is loaded and compiled once
+    folders = [str(tiny.save(tmp_path / str(n), num_hidden_layers=n, **shape)) for n in (1, 2, 6)]
+    weights = 4 * (4 * 256 * 256 + 3 * 256 * 1024)  # of four blocks
+    grown = {}
+    for how in ("stream", "whole"):
+        program = [sys.executable, "-m", "tests.offline.conversion_memory", how, str(tmp_path / how), *folders]
+        # what is freed goes back, and threads that wait for each other do not take turns with other processes
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16), "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(program, check=True, capture_output=True, text=True, env=environment)
+        _, few, many = json.loads(ran.stdout.splitlines()[-1])
+        grown[how] = many - few
+    # the sums of gradients and of squares, in float32, and the quantized weights
+    assert grown["whole"] > 8 * weights
+    assert grown["stream"] < weights
+
+
+def test_sums_over_a_few_layers_at_a_time_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(tiny.save(tmp_path / "model"))
+    _, streamed = objectives(load_causal_lm(source), load_mapped(source, tmp_path / "rounded"), tmp_path)
+    end = {name: weight.float() * 1.05 for name, weight in streamed.start.items()}
+    expected = streamed.integrate(end, nodes=2, squares=True, cache=TensorCache(tmp_path / "at once"))
+    monkeypatch.setattr("vllm_requant.offline.streaming._SUMS_BYTES", 1)
+    actual = streamed.integrate(end, nodes=2, squares=True, cache=TensorCache(tmp_path / "one by one"))
+    for name, tensor in expected.moments.square.items():
+        assert torch.equal(actual.moments.square[name], tensor)
+        assert torch.equal(actual.moments.gradient[name], expected.moments.gradient[name])
+
+
+def test_a_fingerprint_follows_the_weights() -> None:
+    model = tiny.model()
+    weight, norm = model.model.layers[0].mlp.up_proj.weight, model.model.norm.weight
+    seen = {model_fingerprint(model)}
+    assert model_fingerprint(model) in seen
+    with torch.no_grad():
+        weight.mul_(1.5)
+        seen.add(model_fingerprint(model))
+        norm.data.mul_(1.5)
+        seen.add(model_fingerprint(model))
+    weight.data = weight.data * 1.5
+    seen.add(model_fingerprint(model))
+    weight.data.mul_(1.5)
+    matrices_changed(model)
+    seen.add(model_fingerprint(model))
+    assert len(seen) == 5
