@@ -40,10 +40,12 @@ from .models import find_layers, load_causal_lm, other_weights
 from .recipe import Recipe, RecipeError
 from .save import convert_on, save
 
-__all__ = ["Sweep", "read_runs"]
+__all__ = ["ALL_BASES", "Sweep", "read_runs"]
 
 log = logging.getLogger(__name__)
 _SIZE_OF = "size_of"
+ALL_BASES = Path(__file__).parent / "studies" / "methods.toml"
+"""runs of every base alone and with ReQuant, at 2, 3 and 4 bits, and controls"""
 
 
 def read_runs(path: Path, changed: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:

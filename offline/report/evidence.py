@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from vllm_requant.format.reader import Checkpoint
+from vllm_requant.format.reader import CONFIG_NAME, Checkpoint
 from vllm_requant.kernels.reference import row_index
 
 from ..objections import ObjectionError
 from ..save import REPORT_NAME, TIMINGS_NAME
 
-__all__ = ["Conversion", "Evidence", "EvidenceError", "place"]
+__all__ = ["Conversion", "Evidence", "EvidenceError", "is_checkpoint", "place"]
 
 _PLACE = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 _EXPERT = re.compile(r"\.\d+\.")
@@ -32,6 +32,12 @@ def place(layer: str) -> tuple[int, str] | None:
     if found is None:
         return None
     return int(found[1]), _EXPERT.sub(".", found[2]).rpartition(".")[2]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder's configuration says that its model is quantized."""
+    config = path / CONFIG_NAME
+    return config.is_file() and "quantization_config" in _object(config)
 
 
 @dataclass(frozen=True)
@@ -82,15 +88,15 @@ class Evidence:
     Attributes:
         conversions: checkpoints that are looked at closely.
         results: of sweeps, one object a run, see :mod:`~..sweep`.
-        nodes: of the study of quadratures, see :mod:`~..studies.nodes`; None without.
+        tables: of the paper, by number, as ``requant tables`` writes them.
     """
 
     conversions: list[Conversion] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
-    nodes: dict[str, Any] | None = None
+    tables: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folders: list[Path], results: list[Path], nodes: Path | None) -> "Evidence":
+    def read(cls, folders: list[Path], results: list[Path], tables: Path | None) -> "Evidence":
         """Open checkpoints and read files of results.
 
         Raises:
@@ -101,12 +107,7 @@ class Evidence:
         for conversion in conversions:
             conversion.checkpoint  # noqa: B018  # refused here, before anything is drawn
         rows = [row for path in results for row in _rows(path)]
-        study = None
-        if nodes is not None:
-            study = _object(nodes)
-            if not isinstance(study.get("rows"), list):
-                raise EvidenceError(f"{nodes}: is not what the study of nodes writes")
-        return cls(conversions, rows, study)
+        return cls(conversions, rows, {} if tables is None else _tables(tables))
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -119,6 +120,13 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise EvidenceError(f"{path}: does not hold a JSON object")
     return content
+
+
+def _tables(path: Path) -> dict[int, dict[str, Any]]:
+    tables = _object(path).get("tables")
+    if not isinstance(tables, list) or not all({"number", "columns", "rows"} <= set(table) for table in tables):
+        raise EvidenceError(f"{path}: is not a tables.json that requant tables has written")
+    return {table["number"]: table for table in tables}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

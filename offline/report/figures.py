@@ -13,6 +13,7 @@ from .drawing import COLOURS, INK, MUTED, panel
 from .evidence import Conversion, Evidence, place
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 __all__ = ["Figure", "conversion_figures", "result_figures"]
@@ -56,8 +57,9 @@ def result_figures(evidence: Evidence) -> Iterator[Figure]:
     for text in evidence.results[0]["scores"] if evidence.results else ():
         yield _pareto(evidence.results, text, "kl_divergence", "KL divergence from the original, nats a token")
         yield _pareto(evidence.results, text, "perplexity", "perplexity")
-    if evidence.nodes is not None:
-        yield _nodes(evidence.nodes)
+    for number, figure in {1: _by_block, 2: _by_step, 3: _by_rule, 8: _ablation}.items():
+        if number in evidence.tables:
+            yield figure(evidence.tables[number])
 
 
 def _kind(run: str) -> str | None:
@@ -125,15 +127,55 @@ def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: 
     )
 
 
-def _nodes(study: Mapping[str, Any]) -> Figure:
-    rows = [
-        (row["rule"], row["nodes"], row["predicted"], row["actual"], row["relative_error"]) for row in study["rows"]
-    ]
+def _by_block(table: Mapping[str, Any]) -> Figure:
+    rows = [row for row in table["rows"] if row[0] != "all"]
+
+    def draw(canvas: "Canvas") -> None:
+        axes = panel(canvas, xlabel="block", ylabel="|ΔF|, nats a token", yscale="log")
+        _draw_terms(axes, [row[0] for row in rows], rows)
+
+    return Figure(
+        "delta-f-by-block",
+        "What estimates at the original weights miss",
+        "ΔF when one block is quantized: the first- and second-order terms of the expansion at the original weights, "
+        "absolute values, and what is really measured.",
+        table["columns"],
+        table["rows"],
+        draw,
+    )
+
+
+def _by_step(table: Mapping[str, Any]) -> Figure:
+    rows = table["rows"]
+
+    def draw(canvas: "Canvas") -> None:
+        axes = panel(canvas, xlabel="λ", ylabel="|ΔF|, nats a token", yscale="log", xscale="log")
+        _draw_terms(axes, [row[0] for row in rows], rows)
+
+    return Figure(
+        "delta-f-by-step",
+        "How far the expansion reaches",
+        "The same for a part λ of the way to the quantized weights: where the terms and the measured ΔF part, the "
+        "expansion ends to be of use.",
+        table["columns"],
+        rows,
+        draw,
+    )
+
+
+def _draw_terms(axes: "Axes", x: Sequence[float], rows: Sequence[Sequence[Any]]) -> None:
+    for at, (label, style) in enumerate((("first order", "s:"), ("second order", "^:"), ("actual", "o-")), start=1):
+        axes.plot(x, [abs(row[at]) for row in rows], style, color=COLOURS[at - 1], label=label, markersize=4)
+    axes.legend()
+
+
+def _by_rule(table: Mapping[str, Any]) -> Figure:
+    rows = table["rows"]
 
     def draw(canvas: "Canvas") -> None:
         axes = panel(canvas, xlabel="gradient evaluations", ylabel="|predicted − actual| / actual ΔF, %")
         for colour, rule in zip(COLOURS, dict.fromkeys(row[0] for row in rows), strict=False):
-            points = [(nodes, 100 * error) for of, nodes, *_, error in rows if of == rule]
+            points = [(nodes, 100 * error) for of, nodes, _, error in rows if of == rule]
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=rule, markersize=4)
         axes.set_yscale("log")
         axes.set_xscale("log", base=2)
@@ -142,13 +184,35 @@ def _nodes(study: Mapping[str, Any]) -> Figure:
         axes.legend()
 
     return Figure(
-        "nodes",
-        "Predicted and actual ΔF",
-        f"How far the path integral is from the loss that is really measured (ΔF = {rows[0][3]:.4f}), by rule of "
-        "quadrature and number of nodes; 1 node at the original weights would be the first-order estimate.",
-        ["rule", "nodes", "predicted ΔF", "actual ΔF", "relative error"],
+        "delta-f-by-rule",
+        "Predicted ΔF by rule and nodes",
+        "How far the path integral is from the loss that is measured, by rule of quadrature and number of nodes.",
+        table["columns"],
         rows,
         draw,
+    )
+
+
+def _ablation(table: Mapping[str, Any]) -> Figure:
+    rows = table["rows"]
+
+    def draw(canvas: "Canvas") -> None:
+        axes = panel(canvas, xlabel="perplexity")
+        axes.grid(False, axis="y")
+        for at, (label, marker) in enumerate((("calibration set", "o"), ("test set", "D")), start=1):
+            axes.plot([row[at] for row in rows], range(len(rows)), marker, color=COLOURS[at - 1], label=label)
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        axes.invert_yaxis()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    return Figure(
+        "ablation",
+        "What each part of the method is worth",
+        "Perplexity with outliers, significant weights, both, neither, chance in their place, and in several steps.",
+        table["columns"],
+        rows,
+        draw,
+        (_WIDTH, 0.9 + 0.26 * len(rows)),
     )
 
 

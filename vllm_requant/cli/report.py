@@ -1,11 +1,14 @@
 """``requant report``: one page of what conversions of a model measured; ``requant plot``: its figures alone."""
 
+import logging
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .inspect import describe, facts
+from .options import Device, EvaluationTexts, evaluation_texts, find_device
 from .output import command_errors, incident_lines, prepare_results, set_up_logging
 
 if TYPE_CHECKING:
@@ -14,30 +17,69 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "plot_command"]
 
+log = logging.getLogger(__name__)
+
 Results = Annotated[
     list[Path] | None,
     typer.Option("--results", exists=True, help="What requant sweep wrote: quality against size; may be repeated."),
 ]
-Nodes = Annotated[
-    Path | None, typer.Option(exists=True, help="What the study of nodes wrote: predicted and actual ΔF by rule.")
+PaperTables = Annotated[
+    Path | None, typer.Option("--tables", exists=True, help="The tables.json that requant tables wrote.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, pictures and numbers.")]
 
 
 def command(
-    folders: Annotated[list[Path] | None, typer.Argument(metavar="[DIR]...", help="ReQuant checkpoints.")] = None,
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="[DIR|MODEL]...", help="ReQuant checkpoints, or a model to convert.")
+    ] = None,
     output: Output = Path("report"),
     results: Results = None,
-    nodes: Nodes = None,
+    tables: PaperTables = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="How MODEL is converted, as for sweep [every base at 2, 3, 4 bits, controls]."),
+    ] = None,
+    only: Annotated[str, typer.Option(metavar="GLOB", help="Of these, the runs whose name fits.")] = "*",
+    calibration_dataset: Annotated[str, typer.Option(help="Calibration text of MODEL, as for convert.")] = "self",
+    dataset: EvaluationTexts = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each held-out text.")] = 16384,
+    device: Device = "auto",
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
 ) -> None:
-    """Draw a page (report.html) of one or several conversions, with a PNG, CSV and JSON file for each figure."""
+    """Draw a page (report.html) of one or several conversions, with a PNG, CSV and JSON file for each figure.
+
+    A model is converted first, in many ways, which takes long; what is finished stays in the output folder.
+    """
     set_up_logging()
     with command_errors():
+        from ..offline.evaluate import BUILTIN_DATASET
+        from ..offline.report.evidence import EvidenceError, is_checkpoint
         from ..offline.report.page import write_figures, write_page
+        from ..offline.sweep import ALL_BASES, Sweep, read_runs
 
         prepare_results(output)
-        evidence = _evidence(folders, results, nodes)
+        folders = [Path(source) for source in sources or () if is_checkpoint(Path(source))]
+        models = [source for source in sources or () if not is_checkpoint(Path(source))]
+        if len(models) > 1:
+            raise EvidenceError(f"{', '.join(models)}: no checkpoints; of models, a report is about one")
+        for model in models:
+            sweep = Sweep(
+                source=model,
+                runs=read_runs(runs or ALL_BASES),
+                calibration=calibration_dataset,
+                evaluation=evaluation_texts(dataset or [BUILTIN_DATASET]),
+                output=output / "results.jsonl",
+                max_tokens=max_tokens,
+                cache=output / "cache",
+                checkpoints=output / "checkpoints",
+                device=find_device(device),
+            )
+            for row in sweep.run(only):
+                log.info("%s: %.3f bits a weight", row["name"], row["bits_per_weight"])
+            results = [*(results or []), sweep.output]
+            folders += [output / "checkpoints" / name for name in sweep.results() if fnmatch(name, only)]
+        evidence = _evidence(folders, results, tables)
         sections = _sections(evidence)
         for section in sections:
             write_figures(output / section.name, section.figures)
@@ -66,12 +108,12 @@ def plot_command(
             typer.echo(str(picture))
 
 
-def _evidence(folders: list[Path] | None, results: list[Path] | None, nodes: Path | None) -> "Evidence":
+def _evidence(folders: list[Path], results: list[Path] | None, tables: Path | None) -> "Evidence":
     from ..offline.report.evidence import Evidence, EvidenceError
 
-    if not (folders or results or nodes):
-        raise EvidenceError("nothing to report: name checkpoints, or --results of a sweep, or --nodes")
-    return Evidence.read(folders or [], results or [], nodes)
+    if not (folders or results or tables):
+        raise EvidenceError("nothing to report: name checkpoints or a model, or --results of a sweep, or --tables")
+    return Evidence.read(folders, results or [], tables)
 
 
 def _sections(evidence: "Evidence") -> "list[Section]":

@@ -14,6 +14,7 @@ from tests import tiny
 from vllm_requant.cli import app
 from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import Recipe
+from vllm_requant.offline.report.drawing import write_svg
 from vllm_requant.offline.report.evidence import Evidence, EvidenceError, place
 from vllm_requant.offline.report.figures import conversion_figures
 from vllm_requant.offline.save import REPORT_NAME, convert_and_save
@@ -41,14 +42,20 @@ def results(folder: Path) -> Path:
     return path
 
 
-def nodes(folder: Path) -> Path:
-    rows = [
-        {"rule": rule, "nodes": count, "predicted": 0.1, "actual": 0.2, "relative_error": 0.5 / count}
-        for rule in ("gauss", "uniform")
-        for count in (2, 4)
+def tables(folder: Path) -> Path:
+    rows = {
+        1: [[0, 1e-4, -1e-6, 1e-2], [1, -2e-4, 1e-6, 2e-2], ["all", -1e-4, 0.0, 3e-2]],
+        2: [[0.1, 1e-5, 1e-8, 1e-3], [0.01, 1e-6, 1e-10, 1e-5]],
+        3: [["gauss", 2, 0.1, 0.5], ["gauss", 4, 0.1, 0.25], ["uniform", 4, 0.1, 0.3]],
+        5: [[0.5, 0.9]],
+        8: [["original", 20.0, 21.0], ["dense", 30.0, 31.0]],
+    }
+    path = folder / "tables.json"
+    entries = [
+        {"number": number, "columns": [f"column {at}" for at in range(len(lines[0]))], "rows": lines}
+        for number, lines in rows.items()
     ]
-    path = folder / "nodes.json"
-    path.write_text(json.dumps({"rows": rows}))
+    path.write_text(json.dumps({"tables": entries}))
     return path
 
 
@@ -89,7 +96,7 @@ class Page(HTMLParser):
 
 def test_page_of_everything(tmp_path: Path, checkpoint: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["--results", str(results(tmp_path)), "--nodes", str(nodes(tmp_path)), "-o", str(out)]
+    arguments = ["--results", str(results(tmp_path)), "--tables", str(tables(tmp_path)), "-o", str(out)]
     done = CliRunner().invoke(app, ["report", str(checkpoint), *arguments])
     assert done.exit_code == 0, done.output
     text = (out / "report.html").read_text(encoding="utf-8")
@@ -104,7 +111,8 @@ def test_page_of_everything(tmp_path: Path, checkpoint: Path) -> None:
         assert part in words, part
     # colours are the page's: it may be light or dark
     assert "#1f2328" not in text.partition("</style>")[2]
-    names = {"pareto-kl-text-1", "pareto-perplexity-text-1", "nodes"}
+    names = {"pareto-kl-text-1", "pareto-perplexity-text-1", "ablation"}
+    names |= {f"delta-f-by-{what}" for what in ("block", "step", "rule")}
     assert names == {path.stem for path in out.glob("*.png")} == {path.stem for path in out.glob("*.csv")}
     own = {path.stem for path in (out / "converted").glob("*.png")}
     assert own >= {"delta-f", "coverage", "sensitivity", "outlier-ratio", "residual-share", "residual-density", "sizes"}
@@ -128,11 +136,11 @@ def test_numbers_are_those_of_the_conversion(checkpoint: Path) -> None:
     assert sum(row[1] for row in figures["sizes"].rows) < stored  # less the header
 
 
-def test_same_evidence_same_bytes(tmp_path: Path, checkpoint: Path) -> None:
-    for run in ("one", "two"):
-        assert CliRunner().invoke(app, ["report", str(checkpoint), "-o", str(tmp_path / run)]).exit_code == 0
-    one, two = ((tmp_path / run / "report.html").read_bytes() for run in ("one", "two"))
-    assert one == two
+def test_same_evidence_same_bytes(checkpoint: Path) -> None:
+    (conversion,) = Evidence.read([checkpoint], [], None).conversions
+    figures = {figure.name: figure for figure in conversion_figures(conversion)}
+    for name in ("coverage", "residual-density"):
+        assert write_svg(figures[name]) == write_svg(figures[name])
 
 
 def test_plot_draws_what_is_asked_for(tmp_path: Path, checkpoint: Path) -> None:
@@ -158,6 +166,31 @@ def test_results_of_another_kind_are_refused(tmp_path: Path, content: str, reaso
         Evidence.read([], [path], None)
 
 
+def test_tables_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('{"tables": [{"number": 1}]}')
+    with pytest.raises(EvidenceError, match=r"is not a tables\.json"):
+        Evidence.read([], [], path)
+
+
+def test_a_model_is_converted_first(tmp_path: Path) -> None:
+    source, out = tiny.save(tmp_path / "in"), tmp_path / "out"
+    runs = tmp_path / "runs.toml"
+    shared = "[all]\nnum_samples = 4\nseq_len = 24\nnodes = 2\ntune_epochs = 0\n"
+    runs.write_text(shared + '[runs.rtn-4]\nbase = "rtn"\n[runs.awq-4]\nbase = "awq"\n')
+    arguments = ["report", str(source), "--runs", str(runs), "--only", "rtn-*", "--max-tokens", "1024", "-o", str(out)]
+    for _ in range(2):  # the second time there is nothing left to convert
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        assert {path.name for path in (out / "checkpoints").iterdir()} == {"rtn-4"}
+        assert len((out / "results.jsonl").read_text().splitlines()) == 1
+    assert (out / "rtn-4" / "sizes.png").exists()
+    assert (out / "pareto-kl-python-docs.png").exists()
+    two = CliRunner().invoke(app, ["report", str(source), str(tmp_path), "-o", str(out)])
+    assert two.exit_code == 1
+    assert "a report is about one" in two.stderr
+
+
 def test_places() -> None:
     assert place("model.layers.11.self_attn.q_proj") == (11, "q_proj")
     assert place("model.layers.3.mlp.experts.17.up_proj") == (3, "up_proj")
@@ -168,4 +201,4 @@ def test_places() -> None:
 def test_nothing_to_report() -> None:
     done = CliRunner().invoke(app, ["report"])
     assert done.exit_code != 0
-    assert "name checkpoints, or --results" in done.stderr
+    assert "name checkpoints or a model, or --results" in done.stderr
