@@ -11,5 +11,6 @@
 ``workload``     how often they do what takes long; ``estimate``: how long that is, ``resources``: what room it takes
 ``observer``     what a conversion says about itself while it runs
 ``run_metrics``  the same as a file for Prometheus
-``evaluate``     perplexity, KL divergence, top-1 agreement
+``evaluate``     perplexity, KL divergence, top-1 agreement; ``tasks``: those of lm-eval
+``card``         the model card; ``hub``: where a checkpoint can be uploaded
 """

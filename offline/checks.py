@@ -12,6 +12,7 @@ from vllm_requant.format.writer import check_output, check_shard_size
 
 from .bases import BASES, Need
 from .calibration import SELF, check_calibration, check_dataset
+from .hub import check_hub
 from .models import DTYPES, ModelError, find_layers, load_tokenizer, skeleton
 from .objections import Objections
 from .plan import check_stream, plan, tokens_to_refit, with_target
@@ -30,6 +31,7 @@ class Request:
 
     Attributes:
         mapped: the weights stay in their files, because of ``stream`` or of several processes.
+        push_to_hub: repository for the checkpoint; None uploads nothing.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Request:
     resume: bool
     overwrite: bool
     cache: Path | None
+    push_to_hub: str | None = None
 
     @property
     def work_folder(self) -> Path:
@@ -102,6 +105,9 @@ def check(request: Request, recipe: Recipe | None, objections: Objections) -> Pl
         _check_names(request)
     with objections.collecting():
         check_output(request.output, overwrite=request.overwrite)
+    if current_ranks().first and request.push_to_hub is not None:
+        with objections.collecting():
+            check_hub(request.push_to_hub)
     if current_ranks().first and recipe is not None:
         with objections.collecting():
             WorkFolder.check(

@@ -115,6 +115,11 @@ def command(
         bool, typer.Option("--dry-run", help="Say what speaks against it, what comes out, and what it takes; stop.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload the finished checkpoint to that repository of the Hub."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private if it is new.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Convert a model to a ReQuant checkpoint."""
@@ -123,7 +128,7 @@ def command(
 
         from ..offline.checks import Request, check
         from ..offline.objections import Objections
-        from ..offline.recipe import Recipe
+        from ..offline.recipe import Recipe, RecipeError
         from ..offline.run_metrics import RunMetrics, check_metrics_file, recording
 
         # everything that can be refused is refused before a weight is read, and all of it at once
@@ -131,6 +136,8 @@ def command(
         place, recipe = torch.device("cpu"), None
         with objections.collecting():
             place = find_device(device)
+        if private and push_to_hub is None:
+            objections.errors.append(RecipeError("--private: goes with --push-to-hub"))
         mapped = stream or ranks.together  # weights stay in their files
         with objections.collecting():
             recipe = Recipe(
@@ -182,6 +189,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             cache=cache,
+            push_to_hub=push_to_hub,
         )
         with metrics:
             planned = check(request, recipe, objections)
@@ -194,6 +202,10 @@ def command(
             assert recipe is not None
             result = _convert(request, recipe, snapshot_every)
         if ranks.first:
+            if push_to_hub is not None:
+                from ..offline.hub import upload
+
+                result["uploaded"] = upload(output, push_to_hub, private=private)
             _show(result, as_json)
 
 
@@ -292,6 +304,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
         )
     for line in incident_lines(result["incidents"]):
         typer.echo(f"incident: {line}")
+    if "uploaded" in result:
+        typer.echo(f"uploaded to {result['uploaded']}")
     typer.echo(
         f"wrote {result['output']} in {result['seconds']:.0f} s; serve it with: requant serve {result['output']}"
     )
