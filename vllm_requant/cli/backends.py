@@ -80,6 +80,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 def _model_class(backend: Backend) -> Any:
     if backend == "vllm":
         require_vllm()
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     from lm_eval.api.registry import get_model
 
     try:
