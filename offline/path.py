@@ -62,7 +62,7 @@ class MovingLayer:
             return self.end.to(dtype)
         if self.start.dtype == self.end.dtype == dtype:
             return torch.lerp(self.start, self.end, self.t)  # in float32 inside, and rounded once
-        return torch.lerp(self.start.float(), self.end.float(), self.t).to(dtype)
+        return self.start.to(torch.float32, copy=True).lerp_(self.end.float(), self.t).to(dtype)
 
     def collect(self, grad_output: Tensor, x: Tensor) -> None:
         """Add ``share · grad_outputᵀ x``, and tell the observer."""
