@@ -4,13 +4,14 @@ For models larger than memory. What has one dimension, norms and biases, is load
 16-bit type that is the reference are written anew, one at a time.
 """
 
+import ctypes
 import json
 import logging
 import mmap
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from .models import (
 __all__ = ["load_mapped", "map_tensors", "release"]
 
 log = logging.getLogger(__name__)
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_RETURNED_BYTES = 2**22
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # where a mapped tensor begins: its file's mapping, and the bytes of it
 _places: dict[int, tuple["weakref.ref[mmap.mmap]", int, int]] = {}
@@ -97,6 +100,7 @@ def load_mapped(
         ModelError: as for :func:`load_causal_lm`; or the files do not hold exactly the model's tensors under the
             names that files of its architecture have.
     """
+    _return_freed_memory()
     files = SourceFiles(source)
     tokenizer = load_tokenizer(source, revision=revision)
     config = load_config(source, revision=revision)
@@ -127,6 +131,12 @@ def load_mapped(
     model.config.use_cache = False
     commit = getattr(config, "_commit_hash", None)
     return CausalLM(model.eval(), tokenizer, target, source, commit, files, mapped=True, sharded=sharded)
+
+
+def _return_freed_memory() -> None:
+    """Let what is freed go back to the system. glibc comes to keep blocks of up to 32 MiB, in which others never fit."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
 
 
 def _replace(model: Any, old: nn.Parameter, new: nn.Parameter, owner: nn.Module) -> None:
