@@ -134,7 +134,7 @@ def load_mapped(
 
 
 def _return_freed_memory() -> None:
-    """Let what is freed go back to the system. glibc comes to keep blocks of up to 32 MiB, in which others never fit."""
+    """Let what is freed go back to the system: glibc comes to keep blocks of up to 32 MiB, whatever their number."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
 
