@@ -67,11 +67,10 @@ class UniformBase(Base):
     def with_feedback(self, layer: LayerData, grid: "Grid", removed: Tensor | None) -> DenseLayer:
         """A layer whose codes on a given grid are chosen with error feedback."""
         weight = layer.weight
-        wide = grid.columns(column_groups(weight.shape[1], self.group_size, weight.device))
-        by_column = [part.t().contiguous() for part in (wide.scales, wide.zeros)]
+        by_group = [part.t().contiguous() for part in (grid.scales, grid.zeros)]
 
         def nearest(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-            scale, zero = (part[column] for part in by_column)
+            scale, zero = (part[column // self.group_size] for part in by_group)
             codes = (values / scale).round_().add_(zero).clamp_(0, grid.largest)
             return codes.to(torch.uint8), (codes - zero).mul_(scale)
 
