@@ -143,11 +143,12 @@ def _words(name: str) -> str:
 
 
 def _conditions(conditions: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key.replace('_', ' ')} {value}"
-        for key, value in conditions.items()
-        if value is not None and len(str(value)) < 60  # a checksum
-    )
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _told(conditions).items())
+
+
+def _told(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that say something to a reader: no checksums, no limits that were not set."""
+    return {key: value for key, value in conditions.items() if value is not None and len(str(value)) < 60}
 
 
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[EvalResult]:
@@ -161,6 +162,8 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[EvalResult]:
                     metric_type=metric.partition(",")[0],
                     metric_name=_words(metric),
                     metric_value=value,
+                    # of two results of one data set nothing else says what they differ in
+                    metric_args=_told(entry["conditions"]),
                 )
 
 

@@ -68,6 +68,7 @@ def test_results_are_recorded_and_the_checkpoint_stays_whole(checkpoint: Path) -
     assert r"| a\|text | perplexity | 30 | seq len 64 |" in card.text
     assert card.data.license == "apache-2.0"
     assert [found.metric_value for found in card.data.eval_results] == [30.0, 29.0]
+    assert card.data.eval_results[1].metric_args == {"seq_len": 64, "stride": 8}
     done = CliRunner().invoke(app, ["verify", str(checkpoint)])
     assert done.exit_code == 0, done.output
 
