@@ -42,8 +42,10 @@ def command(
         Backend, typer.Option(help="What computes tasks; endpoint: a running server (--url).")
     ] = "transformers",
     url: Annotated[str | None, typer.Option(metavar="http://HOST:PORT/v1", help="Of the running server.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in a task's prompt [each task's own].")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use that many documents of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a task's prompt; each task has its own number.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use that many documents of each task.")] = None,
     include_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of further tasks, whose code is run.")
     ] = None,
@@ -71,7 +73,8 @@ def command(
             raise RecipeError(f"--stride {stride}: must be between 1 and --seq-len {seq_len}")
         if max_tokens is not None and max_tokens < seq_len:
             raise RecipeError(f"--max-tokens {max_tokens}: less than one window of --seq-len {seq_len}")
-        if against is not None and tasks and not dataset:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if against is not None and names and not dataset:
             raise RecipeError("--against: compares predictions of text; add --dataset")
         place = find_device(device)
         Checkpoint(folder)
@@ -81,10 +84,10 @@ def command(
             resolve_source(against)
         texts = [
             EvaluationText(text, name)
-            for name, text in evaluation_texts(dataset or ([] if tasks else [BUILTIN_DATASET])).items()
+            for name, text in evaluation_texts(dataset or ([] if names else [BUILTIN_DATASET])).items()
         ]
-        load = task_model(backend, folder, device=place, url=url, arguments=model_args) if tasks else None
-        loaded = Tasks.load(tasks.split(","), include_path) if tasks else None
+        load = task_model(backend, folder, device=place, url=url, arguments=model_args) if names else None
+        loaded = Tasks.load(names, include_path) if names else None
 
         def evaluations() -> Iterator[dict[str, Any]]:
             if texts:
