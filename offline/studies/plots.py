@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["OURS", "plot_nodes", "plot_sweep"]
+__all__ = ["OURS", "plot_memory", "plot_nodes", "plot_sweep"]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind readers too
+_NARROWEST = 0.05  # share of a picture's width in which the name of a stage fits
 OURS = "requant"  # NAME-requant is ReQuant with the base NAME
 
 
@@ -73,11 +74,57 @@ def plot_nodes(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     _write(figure, file)
 
 
-def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
+def plot_memory(runs: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Memory over time: a panel a run, with what the process may have, the size of the model, and the stages.
+
+    Args:
+        runs: of the file that :mod:`.memory` writes.
+        file: a picture of any type that matplotlib writes.
+    """
+    figure, panels = _figure(len(runs), columns=1, size=(9.6, 2.1))
+    own, mapped, limit, model = _COLOURS[0], "0.6", _COLOURS[1], "0.2"
+    top = 1.12 * max(run["model_bytes"] for run in runs) / 2**30
+    for run, panel in zip(runs, panels, strict=True):
+        minutes = [sample[0] / 60 for sample in run["samples"]]
+        panel.fill_between(minutes, [sample[1] / 2**30 for sample in run["samples"]], color=own, lw=0, label="own")
+        panel.plot(
+            minutes, [sample[2] / 2**30 for sample in run["samples"]], color=mapped, lw=0.8, label="mapped files"
+        )
+        panel.axhline(run["limit_bytes"] / 2**30, color=limit, lw=1.2, label="limit of all its memory")
+        panel.axhline(run["model_bytes"] / 2**30, color=model, lw=1.2, ls="--", label="size of the model")
+        for begin, end, stage in _stages(run["samples"]):
+            panel.axvline(begin / 60, color="0.75", lw=0.6, zorder=0)
+            if (end - begin) / run["seconds"] > _NARROWEST:
+                where = ((begin + end) / 120, 0.55 * top)
+                panel.annotate(stage.replace("_", " "), where, ha="center", va="center", fontsize=7, color="0.35")
+        panel.set(ylabel="GiB", ylim=(0, top), xlim=(0, run["seconds"] / 60))
+        panel.set_title(f"{run['name']}: {run['peak_bytes'] / 2**20:.0f} MiB at most", fontsize=10, loc="left")
+    panels[-1].set_xlabel("minutes")
+    panels[0].legend(ncols=4, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    _write(figure, file)
+
+
+def _stages(samples: Sequence[Sequence[Any]]) -> list[tuple[float, float, str]]:
+    """When each stage began and ended, in seconds; what lies between stages is left out."""
+    stages: list[tuple[float, float, str]] = []
+    for at, _, _, stage in samples:
+        if stages and stages[-1][2] == stage:
+            stages[-1] = stages[-1][0], at, stage
+        else:
+            stages.append((at, at, stage))
+    return [stage for stage in stages if stage[2]]
+
+
+def _figure(
+    panels: int, *, columns: int | None = None, size: tuple[float, float] = (4.8, 4.2)
+) -> "tuple[Figure, list[Axes]]":
+    """Panels of a size in inches, side by side or in so many columns."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8 * panels, 4.2), layout="constrained")
-    made = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
+    columns = columns or panels
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    made = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
     for panel in made:
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)

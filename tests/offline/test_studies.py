@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-from vllm_requant.offline.studies.plots import plot_nodes, plot_sweep
+from vllm_requant.offline.studies.memory import memory_table, thinned
+from vllm_requant.offline.studies.plots import plot_memory, plot_nodes, plot_sweep
 from vllm_requant.offline.studies.table import gap_closed, pair_table, stage_table, table
 
 
@@ -75,3 +76,22 @@ def test_picture_of_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     plot_nodes(rows, tmp_path / "nodes.svg")
     assert [call[:2] for call in calls] == 2 * [([2, 4], [5.0, 2.5]), ([2, 4], [50.0, 50.0])]
     assert (tmp_path / "nodes.svg").read_text().startswith("<?xml")
+
+
+def test_thinned_samples_keep_the_peak() -> None:
+    samples = [(float(at), at * 37 % 101, 0, "") for at in range(1000)]
+    kept = thinned(samples, 30)
+    assert len(kept) <= 30
+    assert max(own for _, own, _, _ in kept) == max(own for _, own, _, _ in samples)
+    assert kept == sorted(kept)
+
+
+def test_picture_and_table_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [[0.0, 2**20, 2**21, ""], [60.0, 2**22, 2**22, "quantize"], [120.0, 2**21, 2**20, "quantize"]]
+    run = {"name": "gptq", "limited": True, "limit_bytes": 2**23, "model_bytes": 2**25, "seconds": 120.0}
+    run |= {"peak_bytes": 2**22, "samples": samples}
+    calls = _drawn(monkeypatch)
+    plot_memory([run, run | {"name": "awq"}], tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    assert [list(call[0]) for call in calls] == [[0.0, 1.0, 2.0]] * 2
+    assert memory_table([run]).splitlines()[2:] == ["| gptq | 4 MiB | 8 MiB | 32 MiB | 2 |"]
