@@ -14,10 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Keep the tests of a file together, since they share fixtures, and those that start servers."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
+    if item.config.pluginmanager.hasplugin("xdist"):
         folder = item.path.relative_to(TESTS).parts[0]
         item.add_marker(pytest.mark.xdist_group("servers" if folder in SERVERS else str(item.path)))
