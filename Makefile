@@ -27,7 +27,7 @@ demo: $(STAMP) $(GGUF)
 	$(BIN)/python deploy/demo.py --model $(GGUF) --work $(CACHE)/demo
 
 test: $(STAMP) $(GGUF)
-	REQUANT_TEST_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	REQUANT_TEST_MODEL=$(abspath $(GGUF)) $(BIN)/python -m pytest -n 2
 
 # without lm-eval and what comes with it `make test` skips these
 test-eval: $(STAMP) $(GGUF)

@@ -1,11 +1,11 @@
 """How tests are divided over the processes of pytest-xdist, where it runs them (``make test``)."""
 
 import os
-from pathlib import Path
+from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
 # one after the other: each of these starts servers, and shares converted models with its neighbours
 SERVERS = {"bench", "e2e", "serving"}
 
@@ -14,8 +14,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep the tests of a file together, since they share fixtures, and those that start servers."""
-    if item.config.pluginmanager.hasplugin("xdist"):
-        folder = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group("servers" if folder in SERVERS else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file together, since they share fixtures, and all those that start servers."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "servers" if SERVERS & set(PurePosixPath(file).parts) else file
+
+    config.option.loadscopereorder = False  # servers come first as it is, and take longest
+    return ByFile(config, log)
