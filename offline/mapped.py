@@ -37,7 +37,7 @@ __all__ = ["load_mapped", "map_tensors", "release"]
 
 log = logging.getLogger(__name__)
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-_RETURNED_BYTES = 2**22
+_RETURNED_BYTES = 2**20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # where a mapped tensor begins: its file's mapping, and the bytes of it
 _places: dict[int, tuple["weakref.ref[mmap.mmap]", int, int]] = {}

@@ -121,9 +121,9 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
         ran = subprocess.run(program, check=True, capture_output=True, text=True, env=environment)
         _, few, many = json.loads(ran.stdout.splitlines()[-1])
         grown[how] = many - few
-    # the sums of gradients and of squares, in float32, and the quantized weights
+    # in memory the sums of gradients and of squares, in float32, and the quantized weights
     assert grown["whole"] > 8 * weights
-    assert grown["stream"] < weights
+    assert grown["stream"] < 2 * weights
 
 
 def test_sums_over_a_few_layers_at_a_time_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
