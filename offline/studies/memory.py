@@ -29,6 +29,7 @@ __all__ = ["Sample", "main", "memory_table", "thinned"]
 
 log = logging.getLogger(__name__)
 _EVERY_SECONDS = 0.25
+_LONGEST_STEP = 5.0  # seconds: what is stopped and goes on later stands still meanwhile, in the picture too
 _POINTS = 400  # of a run that are kept
 _GROUPS = Path("/sys/fs/cgroup")
 _STAGE = re.compile(r'^requant_convert_stage_running\{.*stage="(\w+)"\} 1', re.MULTILINE)
@@ -65,14 +66,16 @@ def _uncached(folder: Path) -> None:
 
 
 def _watched(process: subprocess.Popen[bytes], metrics: Path) -> Iterator[Sample]:
-    started = time.monotonic()
+    seconds, last = 0.0, time.monotonic()
     while process.poll() is None:
+        now = time.monotonic()
+        seconds, last = seconds + min(now - last, _LONGEST_STEP), now
         with suppress(OSError, KeyError):  # it may end meanwhile
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             status = dict(line.split(":", 1) for line in lines if ":" in line)
             own, mapped = (int(status[name].split()[0]) << 10 for name in ("RssAnon", "RssFile"))
             running = _STAGE.findall(metrics.read_text()) if metrics.exists() else []
-            yield time.monotonic() - started, own, mapped, running[-1] if running else ""
+            yield seconds, own, mapped, running[-1] if running else ""
         time.sleep(_EVERY_SECONDS)
 
 
