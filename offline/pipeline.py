@@ -66,7 +66,7 @@ class Conversion:
     layers: Mapping[str, QuantizedLayer]
     specs: dict[str, LayerSpec]
     report: dict[str, Any]
-    incidents: list[dict[str, Any]]
+    incidents: list[dict[str, Any]] = field(default_factory=list)
 
 
 def convert(
@@ -230,6 +230,8 @@ class _Run:
         text = replace(self.objective, labels="text").loss(cache=self.cache, label="loss of the original")
         if not math.isfinite(text):
             self.objective = self._without_bad_sequences(self.objective, 0)
+        elif self.objective.labels == "text":
+            return text
         return self.objective.loss(cache=self.cache, label="loss of the original")
 
     def _on_good_sequences(self, measure: Callable[[], Measured]) -> Measured:
