@@ -82,14 +82,13 @@ def plot_memory(runs: Sequence[Mapping[str, Any]], file: Path) -> None:
         file: a picture of any type that matplotlib writes.
     """
     figure, panels = _figure(len(runs), columns=1, size=(9.6, 2.1))
-    own, mapped, limit, model = _COLOURS[0], "0.6", _COLOURS[1], "0.2"
+    own, mapped, limit, model = "#8fc1e3", _COLOURS[2], _COLOURS[1], "0.2"
     top = 1.12 * max(run["model_bytes"] for run in runs) / 2**30
     for run, panel in zip(runs, panels, strict=True):
-        minutes = [sample[0] / 60 for sample in run["samples"]]
-        panel.fill_between(minutes, [sample[1] / 2**30 for sample in run["samples"]], color=own, lw=0, label="own")
-        panel.plot(
-            minutes, [sample[2] / 2**30 for sample in run["samples"]], color=mapped, lw=0.8, label="mapped files"
-        )
+        seconds, anonymous, files, _ = zip(*run["samples"], strict=True)
+        minutes = [at / 60 for at in seconds]
+        panel.fill_between(minutes, [size / 2**30 for size in anonymous], color=own, lw=0, label="own memory")
+        panel.plot(minutes, [size / 2**30 for size in files], color=mapped, lw=0.9, label="mapped files")
         panel.axhline(run["limit_bytes"] / 2**30, color=limit, lw=1.2, label="limit of all its memory")
         panel.axhline(run["model_bytes"] / 2**30, color=model, lw=1.2, ls="--", label="size of the model")
         for begin, end, stage in _stages(run["samples"]):
