@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["LazyMapping", "Positions", "each"]
+__all__ = ["LazyMapping", "Positions", "each", "small_indices"]
 
 Value = TypeVar("Value")
 
@@ -57,7 +57,9 @@ class Positions(Mapping[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
         items = masks.items() if isinstance(masks, Mapping) else masks
-        self._kept = {name: (_small(mask.flatten().nonzero()[:, 0], mask.shape), mask.shape) for name, mask in items}
+        self._kept = {
+            name: (small_indices(mask.flatten().nonzero()[:, 0], mask.shape), mask.shape) for name, mask in items
+        }
 
     @classmethod
     def empty(cls, shapes: Mapping[str, torch.Size], device: torch.device) -> "Positions":
@@ -69,7 +71,9 @@ class Positions(Mapping[str, Tensor]):
     def of(cls, indices: Mapping[str, tuple[Tensor, torch.Size]]) -> "Positions":
         """From distinct indices into the flattened matrices, int64, and the matrices' shapes."""
         result = cls(())
-        result._kept = {name: (_small(index.sort().values, shape), shape) for name, (index, shape) in indices.items()}
+        result._kept = {
+            name: (small_indices(index.sort().values, shape), shape) for name, (index, shape) in indices.items()
+        }
         return result
 
     def __getitem__(self, name: str) -> Tensor:
@@ -103,6 +107,6 @@ class Positions(Mapping[str, Tensor]):
         )
 
 
-def _small(index: Tensor, shape: torch.Size) -> Tensor:
-    """Indices in as few bytes as they fit: those of all layers lie in memory at the same time."""
+def small_indices(index: Tensor, shape: torch.Size) -> Tensor:
+    """Indices into a flattened tensor in as few bytes as they fit: those of all layers are in memory together."""
     return index.to(torch.int32 if shape.numel() < 2**31 else torch.int64)

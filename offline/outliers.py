@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bases.uniform import grouped
-from .lazy import LazyMapping, Positions
+from .lazy import LazyMapping, Positions, small_indices
 
 __all__ = [
     "TAUS",
@@ -166,7 +166,7 @@ def top_over_layers(scores: Mapping[str, Tensor], count: int) -> Positions:
     for name, score in scores.items():
         shapes[name] = score.shape
         values, indices = torch.topk(score.flatten(), min(count, score.numel()))
-        offers[name] = values, indices.to(torch.int32 if score.numel() < 2**31 else torch.int64)
+        offers[name] = values, small_indices(indices, score.shape)
         if sum(len(values) for values, _ in offers.values()) > _OFFERS * count:
             offers = _best_offers(offers, count)
     return Positions.of({name: (indices, shapes[name]) for name, (_, indices) in _best_offers(offers, count).items()})

@@ -132,19 +132,22 @@ class PathIntegral:
 
     def predicted(self) -> dict[str, float]:
         """Signed share of ΔF of every layer; the sum predicts ΔF."""
-        return self.breakdown().predicted
+        return {name: signed_share(gradient, delta) for name, gradient, delta in self._steps()}
 
     def breakdown(self) -> "Breakdown":
         """What every layer and the most sensitive weights contribute, one layer in memory at a time."""
         predicted, total, coverage = {}, {}, Coverage()
-        for name, start in self.start.items():
-            delta = self.end[name].float() - start.float()
-            gradient = self.moments.gradient[name]
+        for name, gradient, delta in self._steps():
             predicted[name] = signed_share(gradient, delta)
             elements = element_pqi(gradient.to(delta.device), delta)
             total[name] = float(elements.sum(dtype=torch.float64))
             coverage.add(elements)
         return Breakdown(predicted, total, coverage.curve())
+
+    def _steps(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, path-averaged gradient and w̃ − w of every layer."""
+        for name, start in self.start.items():
+            yield name, self.moments.gradient[name], self.end[name].float() - start.float()
 
 
 @dataclass(frozen=True)

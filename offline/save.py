@@ -1,6 +1,5 @@
 """From a finished conversion to a folder: tensors, tokenizer, report, provenance."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,8 @@ import transformers
 
 import vllm_requant
 from vllm_requant.format import CheckpointConfig
-from vllm_requant.format.checksums import SUMS_NAME, amended_sums, read_sums
-from vllm_requant.format.durable import json_text, write_bytes
+from vllm_requant.format.checksums import SUMS_NAME, amended_sums, file_sum, read_sums
+from vllm_requant.format.durable import json_text, null_for_nan, write_bytes
 from vllm_requant.format.experts import stored_name
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.format.writer import staged_folder, write_tensors
@@ -147,7 +146,7 @@ def save(
             lm.model.generation_config.save_pretrained(staging)
         report = {"provenance": config.provenance, **conversion.report}
         timings = report.pop("stages")
-        (staging / REPORT_NAME).write_text(json_text(report), encoding="utf-8")
+        (staging / REPORT_NAME).write_text(json_text(null_for_nan(report)), encoding="utf-8")
         others = other_tensors(lm, set(conversion.layers))
         card = model_card(config, sum(tensor.nbytes for tensor in others.values()), report, inherited(lm.source))
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
@@ -160,7 +159,7 @@ def save(
             max_shard_size=max_shard_size,
         )
         # apart, and without a checksum: all other files are the same, byte by byte, whenever the same is converted
-        (staging / TIMINGS_NAME).write_text(json_text(timings), encoding="utf-8")
+        (staging / TIMINGS_NAME).write_text(json_text(null_for_nan(timings)), encoding="utf-8")
     return config
 
 
@@ -183,9 +182,9 @@ def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     report["evaluations"] = [
         entry for entry in report.get("evaluations", []) if any(entry[key] != evaluation[key] for key in told)
     ] + [dict(evaluation)]
-    changed = {REPORT_NAME: json_text(report).encode()}
+    changed = {REPORT_NAME: json_text(null_for_nan(report)).encode()}
     sums = read_sums(folder) or {}
-    if card.exists() and sums.get(CARD_NAME) == hashlib.sha256(card.read_bytes()).hexdigest():
+    if card.exists() and sums.get(CARD_NAME) == file_sum(card):
         text = model_card(checkpoint.config, checkpoint.other_nbytes(), report, kept(folder))
         changed[CARD_NAME] = text.encode()
     for name, content in changed.items():

@@ -19,7 +19,7 @@ from .cache import TensorCache
 from .models import CausalLM, find_layers
 from .paper import published
 from .pipeline import convert
-from .pqi import Objective, PathIntegral
+from .pqi import Breakdown, Objective, PathIntegral
 from .quantizer import LayerQuantizer
 from .recipe import Recipe
 from .report.evidence import place
@@ -131,6 +131,11 @@ class Tables:
             self.end, rule=rule, nodes=nodes, cache=self.cache, label=f"integral, {rule}, {nodes} nodes"
         )
 
+    @cached_property
+    def breakdown(self) -> Breakdown:
+        """Of the integral with the default rule."""
+        return self.integral("gauss", 4).breakdown()
+
     def _actual(self, weights: Mapping[str, Tensor], label: str) -> float:
         return self.objective.loss(weights, cache=self.cache, label=f"loss, {label}") - self.loss
 
@@ -160,7 +165,7 @@ class Tables:
 
     def by_sublayer(self) -> Iterator[tuple[Any, ...]]:
         """Table 4."""
-        total = self.integral("gauss", 4).breakdown().pqi
+        total = self.breakdown.pqi
         cells: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for block in self._looked_at():
             for name in self.blocks[block]:
@@ -176,7 +181,7 @@ class Tables:
 
     def by_share(self) -> Iterator[tuple[Any, ...]]:
         """Table 5."""
-        yield from self.integral("gauss", 4).breakdown().coverage
+        yield from self.breakdown.coverage
 
     def ablation(self) -> Iterator[tuple[Any, ...]]:
         """Table 8."""

@@ -13,7 +13,6 @@ from .drawing import COLOURS, INK, MUTED, panel
 from .evidence import Conversion, Evidence, place
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 __all__ = ["Figure", "conversion_figures", "result_figures"]
@@ -128,45 +127,40 @@ def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: 
 
 
 def _by_block(table: Mapping[str, Any]) -> Figure:
-    rows = [row for row in table["rows"] if row[0] != "all"]
-
-    def draw(canvas: "Canvas") -> None:
-        axes = panel(canvas, xlabel="block", ylabel="|ΔF|, nats a token", yscale="log")
-        _draw_terms(axes, [row[0] for row in rows], rows)
-
-    return Figure(
+    return _expansion(
         "delta-f-by-block",
         "What estimates at the original weights miss",
         "ΔF when one block is quantized: the first- and second-order terms of the expansion at the original weights, "
         "absolute values, and what is really measured.",
-        table["columns"],
-        table["rows"],
-        draw,
+        table,
+        xlabel="block",
     )
 
 
 def _by_step(table: Mapping[str, Any]) -> Figure:
-    rows = table["rows"]
-
-    def draw(canvas: "Canvas") -> None:
-        axes = panel(canvas, xlabel="λ", ylabel="|ΔF|, nats a token", yscale="log", xscale="log")
-        _draw_terms(axes, [row[0] for row in rows], rows)
-
-    return Figure(
+    return _expansion(
         "delta-f-by-step",
         "How far the expansion reaches",
         "The same for a part λ of the way to the quantized weights: where the terms and the measured ΔF part, the "
         "expansion ends to be of use.",
-        table["columns"],
-        rows,
-        draw,
+        table,
+        xlabel="λ",
+        xscale="log",
     )
 
 
-def _draw_terms(axes: "Axes", x: Sequence[float], rows: Sequence[Sequence[Any]]) -> None:
-    for at, (label, style) in enumerate((("first order", "s:"), ("second order", "^:"), ("actual", "o-")), start=1):
-        axes.plot(x, [abs(row[at]) for row in rows], style, color=COLOURS[at - 1], label=label, markersize=4)
-    axes.legend()
+def _expansion(name: str, title: str, caption: str, table: Mapping[str, Any], **axis: Any) -> Figure:
+    rows = [row for row in table["rows"] if row[0] != "all"]
+    lines = (("first order", "s:"), ("second order", "^:"), ("actual", "o-"))
+
+    def draw(canvas: "Canvas") -> None:
+        axes = panel(canvas, ylabel="|ΔF|, nats a token", yscale="log", **axis)
+        for at, (label, style) in enumerate(lines, start=1):
+            values = [abs(row[at]) for row in rows]
+            axes.plot([row[0] for row in rows], values, style, color=COLOURS[at - 1], label=label, markersize=4)
+        axes.legend()
+
+    return Figure(name, title, caption, table["columns"], table["rows"], draw)
 
 
 def _by_rule(table: Mapping[str, Any]) -> Figure:

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vllm_requant.format.durable import json_text, write_bytes
+from vllm_requant.format.durable import json_text, null_for_nan, write_bytes
 
 from .drawing import VARIABLES, write_png, write_svg
 from .figures import Figure
@@ -52,7 +52,7 @@ def write_figures(folder: Path, figures: Iterable[Figure]) -> list[Path]:
             "caption": figure.caption,
             "rows": [dict(zip(figure.columns, row, strict=True)) for row in figure.rows],
         }
-        write_bytes(folder / f"{figure.name}.json", json_text(content).encode())
+        write_bytes(folder / f"{figure.name}.json", json_text(null_for_nan(content)).encode())
     return pictures
 
 

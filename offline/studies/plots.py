@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..report.drawing import COLOURS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["OURS", "plot_memory", "plot_nodes", "plot_sweep"]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind readers too
 _NARROWEST = 0.05  # share of a picture's width in which the name of a stage fits
 OURS = "requant"  # NAME-requant is ReQuant with the base NAME
 
@@ -29,7 +30,7 @@ def plot_sweep(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure, panels = _figure(len(texts))
     for text, panel in zip(texts, panels, strict=True):
         for base, ours in pairs.items():
-            colour = _COLOURS[kinds.index(base.partition("-")[0]) % len(_COLOURS)]
+            colour = COLOURS[kinds.index(base.partition("-")[0]) % len(COLOURS)]
             points = [
                 (by_name[name]["bits_per_weight"], by_name[name]["scores"][text]["kl_divergence"])
                 for name in (base, ours)
@@ -39,7 +40,7 @@ def plot_sweep(results: Sequence[Mapping[str, Any]], file: Path) -> None:
             panel.plot(*points[0], "o", color=colour, fillstyle="none")
             panel.plot(*points[1], "o", color=colour)
         for number, kind in enumerate(kinds):
-            panel.plot([], [], "o", color=_COLOURS[number % len(_COLOURS)], label=kind)
+            panel.plot([], [], "o", color=COLOURS[number % len(COLOURS)], label=kind)
         panel.plot([], [], "o", color="0.4", fillstyle="none", label="base alone")
         panel.plot([], [], "o", color="0.4", label="base + ReQuant")
         panel.set(title=text, xlabel="stored bits a weight", ylabel="KL divergence from the original, nats a token")
@@ -56,7 +57,7 @@ def plot_nodes(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         file: a picture of any type that matplotlib writes.
     """
     figure, (error, agreement) = _figure(2)
-    for rule, colour in zip(dict.fromkeys(row["rule"] for row in rows), _COLOURS, strict=False):
+    for rule, colour in zip(dict.fromkeys(row["rule"] for row in rows), COLOURS, strict=False):
         mine = [row for row in rows if row["rule"] == rule]
         nodes = [row["nodes"] for row in mine]
         error.plot(nodes, [100 * row["relative_error"] for row in mine], "o-", color=colour, label=rule)
@@ -82,7 +83,7 @@ def plot_memory(runs: Sequence[Mapping[str, Any]], file: Path) -> None:
         file: a picture of any type that matplotlib writes.
     """
     figure, panels = _figure(len(runs), columns=1, size=(9.6, 2.1))
-    own, mapped, limit, model = "#8fc1e3", _COLOURS[2], _COLOURS[1], "0.2"
+    own, mapped, limit, model = "#8fc1e3", COLOURS[2], COLOURS[1], "0.2"
     top = 1.12 * max(run["model_bytes"] for run in runs) / 2**30
     for run, panel in zip(runs, panels, strict=True):
         seconds, anonymous, files, _ = zip(*run["samples"], strict=True)

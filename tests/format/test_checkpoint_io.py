@@ -93,6 +93,14 @@ def test_nonfinite_tensor_is_not_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nonfinite_number_of_the_model_s_configuration_is_not_written_as_something_else(tmp_path: Path) -> None:
+    layers, others = _content()
+    config = CheckpointConfig(layers={name: layer.spec for name, layer in layers.items()})
+    with pytest.raises(ValueError, match="not JSON compliant"), staged_folder(tmp_path / "o", overwrite=False) as s:
+        write_tensors(s, {"rms_norm_eps": float("nan")}, config, layers, others)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("keep", [0, 7, 100, 2000, -1])
 def test_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     path = _write(tmp_path / "out") / "model.safetensors"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from vllm_requant.cli import app
-from vllm_requant.format.durable import json_text
+from vllm_requant.format.durable import json_text, null_for_nan
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.offline import incidents
 from vllm_requant.offline.bases import LayerData, SqueezeLLM
@@ -166,7 +166,7 @@ def test_loss_that_is_not_finite_is_infinite_and_null_in_a_file(caplog: pytest.L
         assert measurements.loss({}, "a candidate") == math.inf
     assert [incident.where for incident in found] == ["a candidate"]
     assert "a candidate: the loss at quantized weights is not finite" in caplog.text
-    assert json.loads(json_text({"loss": [math.inf, math.nan, 1.5]})) == {"loss": [None, None, 1.5]}
+    assert json.loads(json_text(null_for_nan({"loss": [math.inf, math.nan, 1.5]}))) == {"loss": [None, None, 1.5]}
 
 
 def test_converted_model_that_overflows_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

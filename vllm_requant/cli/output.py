@@ -14,7 +14,7 @@ import typer
 
 from ..bench.servers import ServerError
 from ..format import ReQuantFormatError
-from ..format.durable import json_text
+from ..format.durable import json_text, null_for_nan
 from ..offline.objections import ObjectionError
 
 __all__ = [
@@ -50,7 +50,7 @@ def set_up_logging(*, quiet: bool = False) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     """The one JSON object of a command."""
-    typer.echo(json_text(content), nl=False)
+    typer.echo(json_text(null_for_nan(content)), nl=False)
 
 
 def incident_lines(entries: Any) -> list[str]:

@@ -41,7 +41,7 @@ def command(
     with command_errors():
         from dataclasses import asdict
 
-        from ..format.durable import json_text, write_bytes
+        from ..format.durable import json_text, null_for_nan, write_bytes
         from ..offline.cache import TensorCache
         from ..offline.calibration import check_dataset, load_calibration
         from ..offline.evaluate import EvaluationText, evaluation_windows
@@ -57,9 +57,12 @@ def command(
         settings: dict[str, Any] = {"model": Path(model).name}
         made: list[Table] = []
 
+        def content() -> Any:
+            return null_for_nan(settings | {"tables": list(map(asdict, made))})
+
         def keep(tables: "list[Table]") -> None:
             made.extend(tables)
-            write_bytes(output / "tables.json", json_text(settings | {"tables": list(map(asdict, made))}).encode())
+            write_bytes(output / "tables.json", json_text(content()).encode())
             write_bytes(output / "tables.md", "\n".join(map(_markdown, made)).encode())
             if not as_json:
                 typer.echo("\n".join(map(_markdown, tables)))
@@ -88,7 +91,7 @@ def command(
             for number in wanted:
                 keep([tables.make(int(number))])  # each is kept when it is made: they take long
         if as_json:
-            print_json(settings | {"tables": list(map(asdict, made))})
+            print_json(content())
 
 
 def _markdown(table: "Table") -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import ReQuantFormatError
 from .untrusted import file_of, open_regular, read_bounded
 
-__all__ = ["SUMS_NAME", "amended_sums", "check_sum", "file_sums", "read_sums", "require_listed"]
+__all__ = ["SUMS_NAME", "amended_sums", "check_sum", "file_sum", "file_sums", "read_sums", "require_listed"]
 
 SUMS_NAME = "SHA256SUMS"
 _MAX_BYTES = 2**20
@@ -27,7 +27,7 @@ def file_sums(folder: Path, coming: Mapping[str, bytes]) -> bytes:
         folder: the finished folder, but for ``coming``.
         coming: contents by file name.
     """
-    sums = {path.name: _digest(path) for path in folder.iterdir() if path.is_file()}
+    sums = {path.name: file_sum(path) for path in folder.iterdir() if path.is_file()}
     sums |= {name: hashlib.sha256(content).hexdigest() for name, content in coming.items()}
     return _lines(sums)
 
@@ -86,7 +86,7 @@ def check_sum(folder: Path, name: str, expected: str) -> None:
     path = file_of(folder, name)
     if path is None:
         raise ReQuantFormatError(f"is missing, but {SUMS_NAME} lists it", file=folder / name)
-    found = _digest(path)
+    found = file_sum(path)
     if found != expected:
         raise ReQuantFormatError(f"has SHA-256 {found}, {SUMS_NAME} says {expected}", file=path)
 
@@ -95,6 +95,7 @@ def _lines(sums: Mapping[str, str]) -> bytes:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode("utf-8")
 
 
-def _digest(path: Path) -> str:
+def file_sum(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ __all__ = [
     "CACHE_LINE",
     "filling_safetensors",
     "json_text",
+    "null_for_nan",
     "sync_file",
     "sync_folder",
     "write_bytes",
@@ -115,15 +116,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def json_text(content: Any) -> str:
-    """JSON that every reader takes, for people too: null stands for numbers that are not finite."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """JSON that every reader takes, for people too.
+
+    Raises:
+        ValueError: a number is not finite, for which JSON has no word.
+    """
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _finite(content: Any) -> Any:
+def null_for_nan(content: Any) -> Any:
+    """Results with None in the place of numbers that are not finite, which say that something could not be measured."""
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: null_for_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [null_for_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
