@@ -170,7 +170,7 @@ class TensorCache:
         if met is not None:
             incidents.remember(met)
             return _read(path, device)
-        snapshot = Snapshot(path.with_suffix(".snapshot"), self.snapshot_every)
+        snapshot = self._snapshot(path)
         with incidents.collecting() as found:
             made = compute(snapshot)
         if ranks.first:
@@ -209,7 +209,7 @@ class TensorCache:
         missing = {name for name, known in met.items() if known is None}
         made = {}
         if missing:
-            snapshot = Snapshot(self.folder / stage / Path(ending).with_suffix(".snapshot"), self.snapshot_every)
+            snapshot = self._snapshot(self.folder / stage / ending)
             for (name, tensors), found in _with_incidents(compute(missing, snapshot)):
                 if ranks.first:
                     _write(paths[name], tensors, found)
@@ -221,6 +221,10 @@ class TensorCache:
         if lazy:
             return LazyMapping(names, lambda name: _lazily(paths[name], device))
         return {name: made.get(name) or _read(path, device) for name, path in paths.items()}
+
+    def _snapshot(self, path: Path) -> Snapshot:
+        """Of what will be a file, for this process."""
+        return Snapshot(path.with_name(f"{path.stem}{current_ranks().suffix}.snapshot"), self.snapshot_every)
 
     def number(
         self, stage: str, key: Callable[[], str], compute: Callable[[], float], *, together: bool = False

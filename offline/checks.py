@@ -31,6 +31,7 @@ class Request:
 
     Attributes:
         mapped: the weights stay in their files, because of ``stream`` or of several processes.
+        replicate: of several processes, each passes sequences through the whole model.
         push_to_hub: repository for the checkpoint; None uploads nothing.
     """
 
@@ -48,6 +49,7 @@ class Request:
     resume: bool
     overwrite: bool
     cache: Path | None
+    replicate: bool = False
     push_to_hub: str | None = None
 
     @property
@@ -77,7 +79,7 @@ class Planned:
         recipe: with what depends on the device and the model decided.
         specs: of the layers that will be written.
         work: what is done.
-        memory: bytes that it holds at least, by type of device; empty for a model that stays in its files.
+        memory: bytes that it holds at least, by type of device; empty for a model that passes block by block.
         disk: bytes of "checkpoint" and "work".
     """
 
@@ -102,7 +104,7 @@ def check(request: Request, recipe: Recipe | None, objections: Objections) -> Pl
         None if it is not known what would be written.
     """
     with objections.collecting():
-        _check_names(request)
+        _check_flags(request)
     with objections.collecting():
         check_output(request.output, overwrite=request.overwrite)
     if current_ranks().first and request.push_to_hub is not None:
@@ -138,7 +140,7 @@ def check(request: Request, recipe: Recipe | None, objections: Objections) -> Pl
     return planned
 
 
-def _check_names(request: Request) -> None:
+def _check_flags(request: Request) -> None:
     reasons = []
     if request.dtype not in DTYPES:
         reasons.append(f"--dtype {request.dtype}: choose one of {', '.join(DTYPES)}")
@@ -146,6 +148,10 @@ def _check_names(request: Request) -> None:
         check_shard_size(request.max_shard_size)
     except ValueError as error:
         reasons.append(f"--max-shard-size {request.max_shard_size}: {error}")
+    if request.replicate and request.stream:
+        reasons.append("--replicate: puts the whole model into every process, which --stream is to avoid; choose one")
+    if request.replicate and not current_ranks().together:
+        reasons.append("--replicate: is about several processes; start the command with torchrun")
     if reasons:
         raise RecipeError(*reasons)
 
@@ -185,8 +191,16 @@ def _plan(request: Request, recipe: Recipe, model: Any) -> Planned:
     refits = recipe.refits and (Need.INPUTS not in base.refit_needs or fitted >= tokens_to_refit(model, layers))
     work = workload(recipe, writes_text=request.dataset == SELF, refits=refits)
     memory = {}
-    if not request.mapped:
-        memory = memory_needed(model, layers, recipe, work, device=request.device, low_memory=request.low_memory)
+    if request.replicate or not request.mapped:
+        memory = memory_needed(
+            model,
+            layers,
+            recipe,
+            work,
+            device=request.device,
+            low_memory=request.low_memory,
+            processes=current_ranks().here,
+        )
     return Planned(model, recipe, specs, work, memory, disk_needed(model, specs, work))
 
 

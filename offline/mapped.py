@@ -25,6 +25,7 @@ from vllm_requant.format.experts import model_name
 from .models import (
     CausalLM,
     ModelError,
+    Passes,
     SourceFiles,
     load_config,
     load_tokenizer,
@@ -86,7 +87,7 @@ def release(module: nn.Module) -> None:
 
 
 def load_mapped(
-    source: str, scratch: Path, *, revision: str | None = None, dtype: str = "auto", sharded: bool = False
+    source: str, scratch: Path, *, revision: str | None = None, dtype: str = "auto", passes: Passes = "streamed"
 ) -> CausalLM:
     """Load a model for conversion and leave its matrices where they are.
 
@@ -94,7 +95,7 @@ def load_mapped(
         source: local folder or Hub id, of safetensors files.
         scratch: folder for matrices that have to be rounded.
         revision, dtype: as for :func:`load_causal_lm`.
-        sharded: the processes that convert it are to hold parts of its blocks in memory.
+        passes: how sequences are to pass it.
 
     Raises:
         ModelError: as for :func:`load_causal_lm`; or the files do not hold exactly the model's tensors under the
@@ -130,7 +131,7 @@ def load_mapped(
         _replace(model, parameter, nn.Parameter(tensor, requires_grad=False), owner)
     model.config.use_cache = False
     commit = getattr(config, "_commit_hash", None)
-    return CausalLM(model.eval(), tokenizer, target, source, commit, files, mapped=True, sharded=sharded)
+    return CausalLM(model.eval(), tokenizer, target, source, commit, files, mapped=True, passes=passes)
 
 
 def _return_freed_memory() -> None:

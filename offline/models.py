@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ __all__ = [
     "DTYPES",
     "CausalLM",
     "ModelError",
+    "Passes",
     "SourceFiles",
     "check_finite",
     "computing_in",
@@ -95,6 +96,10 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+Passes = Literal["whole", "streamed", "sharded"]
+"""Each sequence through all blocks, or all through each block: as it lies in files, or as the processes hold parts"""
+
+
 @dataclass(frozen=True)
 class CausalLM:
     """A loaded model.
@@ -108,7 +113,7 @@ class CausalLM:
         revision: resolved Hub commit, or None for a local source.
         files: of a local source, as they were when it was loaded.
         mapped: the matrices lie in files, and come into memory when they are read.
-        sharded: of a mapped one, the processes that convert it hold parts of its blocks in memory.
+        passes: how sequences pass it.
     """
 
     model: Any
@@ -118,7 +123,7 @@ class CausalLM:
     revision: str | None
     files: SourceFiles
     mapped: bool = False
-    sharded: bool = False
+    passes: Passes = "whole"
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vllm_requant.format.sparse import all_finite
 
 from . import incidents
+from .ranks import current_ranks
 
 __all__ = [
     "NOT_FINITE",
@@ -143,7 +144,9 @@ class LayerMoments:
 
 
 def results(sums: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What sums of each layer come to, by ``result()``."""
+    """What sums of each layer come to, by ``result()``, over the sequences of all processes."""
+    for each in sums.values():
+        current_ranks().add_up(each.state())
     for name, each in sums.items():
         with incidents.about(name):
             made = each.result()

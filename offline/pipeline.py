@@ -111,7 +111,8 @@ class _Run:
         self.model = self.lm.model
         self.layers = find_layers(self.model)
         self.lazy = self.lm.mapped
-        self.walk = Walk(self._scratch / "between", sharded=self.lm.sharded) if self.lazy else None
+        passes = self.lm.passes
+        self.walk = None if passes == "whole" else Walk(self._scratch / "between", sharded=passes == "sharded")
         self.base = self.recipe.make_base()
         self.inputs: Mapping[str, InputStatistics] = {}
         self.objective: Objective | None = None
@@ -126,6 +127,7 @@ class _Run:
                 compute=self.recipe.compute,
                 checkpointing=self.low_memory,
                 accumulate_on="cpu" if self.low_memory else None,
+                lazy=self.lazy,
             )
             self.tokens = self.tokens[apart:]  # what statistics and tuning see
         self.refits = self._refits()

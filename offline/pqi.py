@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .losses import divergence, sequence_loss
 from .models import computing_in
 from .path import LayerMoments, LayerSums, MovingLayer, moving_layers, results
 from .progress import track
+from .ranks import current_ranks
 
 __all__ = [
     "LABELS",
@@ -165,6 +166,7 @@ class Objective:
         checkpointing: keep the activations of block borders only and compute the others again.
         originals: parameters outside the layers that something has changed or will change, and what they are when the
             original predicts.
+        lazy: leave what is computed of every layer on the disk, and read it when it is asked for.
         accumulate_on: device of the accumulated gradients; None for the model's. "cpu" frees the memory of a GPU.
     """
 
@@ -175,7 +177,7 @@ class Objective:
     compute: str = "float32"
     checkpointing: bool = False
     accumulate_on: torch.device | str | None = None
-    lazy: ClassVar[bool] = False
+    lazy: bool = False
     originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
     _logits: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -188,6 +190,12 @@ class Objective:
     def accumulators(self) -> torch.device:
         """Where gradients are accumulated."""
         return torch.device(self.accumulate_on or self.device)
+
+    @property
+    def _rows(self) -> Tensor:
+        """The sequences of this process."""
+        rows: Tensor = current_ranks().mine(self.tokens)
+        return rows
 
     @property
     def start(self) -> dict[str, Tensor]:
@@ -208,7 +216,7 @@ class Objective:
             "loss",
             lambda: self.fingerprint(at=None if weights is None else fingerprint(weights), labels=self.labels),
             lambda: float(np.mean(self._losses(weights or self.start, label))),
-            together=self.lazy,
+            together=True,
         )
 
     def good_sequences(self, *, cache: TensorCache | None = None) -> Tensor:
@@ -219,19 +227,19 @@ class Objective:
             self.fingerprint,
             torch.device("cpu"),
             lambda _: {"good": torch.tensor(text._losses(self.start, "losses of the sequences")).isfinite()},
-            together=self.lazy,
+            together=True,
         )["good"]
 
     def _losses(self, weights: Mapping[str, Tensor], label: str) -> list[float]:
         """The loss of every sequence."""
         losses = []
         with torch.no_grad(), moving_layers(self.layers, weights) as states:
-            for row in track(self.tokens, label, total=len(self.tokens), tokens_per_item=self.tokens.shape[1]):
+            for row in track(self._rows, label, total=len(self._rows), tokens_per_item=self.tokens.shape[1]):
                 teacher = self._labels(row, states)
                 for state in states.values():
                     state.t = 1.0
                 losses.append(float(self._sequence_loss(row, teacher)))
-        return losses
+        return current_ranks().whole(losses, len(self.tokens))
 
     def gradients(
         self, *, cache: TensorCache | None = None, label: str = "gradients of the original"
@@ -330,6 +338,7 @@ class Objective:
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Walk the path with all sequences; everything of all layers is added up at the same time."""
         count, seq_len = self.tokens.shape
+        rows = self._rows
         with moving_layers(self.layers, end) as states, self._training():
             layers = {
                 name: LayerMoments(layer, count, squares, self.accumulators, sums and sums(name))
@@ -337,10 +346,10 @@ class Objective:
             }
             state = {f"{part}.{name}": t for name, layer in layers.items() for part, t in layer.state().items()}
             first = snapshot.restore(state)
-            passes = (count - first) * len(path)
+            passes = (len(rows) - first) * len(path)
             ticks = iter(track(range(passes), label, total=passes, tokens_per_item=seq_len))
             # each sequence walks the whole path before the next: its path-averaged gradient is what gets squared
-            for number, row in enumerate(self.tokens[first:], start=first):
+            for number, row in enumerate(rows[first:], start=first):
                 teacher = self._labels(row, states)
                 for t, a in path:
                     next(ticks)

@@ -26,14 +26,20 @@ class Ranks:
     Attributes:
         rank: its number, from 0.
         size: how many there are.
+        here: how many of them are on this machine.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, here: int = 1) -> None:
+        self.rank, self.size, self.here = rank, size, here
 
     @property
     def together(self) -> bool:
         return self.size > 1
+
+    @property
+    def suffix(self) -> str:
+        """For names of files that every process has of its own, and that mean nothing to another number of them."""
+        return f"-{self.rank}-of-{self.size}" if self.together else ""
 
     @property
     def first(self) -> bool:
@@ -42,6 +48,11 @@ class Ranks:
     def mine(self, items: Any) -> Any:
         """Every size-th item of a sequence or tensor."""
         return items[self.rank :: self.size]
+
+    def whole(self, own: list[Value], count: int) -> list[Value]:
+        """Small values of all items, of which every process has those of :meth:`mine`."""
+        parts = self.gather(own)
+        return [parts[item % self.size][item // self.size] for item in range(count)]
 
     def add_up(self, tensors: Mapping[str, Tensor]) -> None:
         """Sum tensors over all processes, in place."""
@@ -90,7 +101,7 @@ def started_ranks() -> Iterator[Ranks]:
     own = not dist.is_initialized()  # an engine such as Ray Train may have done it
     if own:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
-    _current = Ranks(dist.get_rank(), dist.get_world_size())
+    _current = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     try:
         yield _current
         _current.wait()

@@ -33,6 +33,7 @@ def memory_needed(
     *,
     device: torch.device,
     low_memory: bool,
+    processes: int = 1,
 ) -> dict[str, int]:
     """Bytes that a conversion in memory holds at the same time at least: activations and temporaries come on top.
 
@@ -41,13 +42,15 @@ def memory_needed(
         layers: that are quantized.
         recipe, work: what is done.
         device, low_memory: as for a conversion.
+        processes: on the host's processors, which share the model's files and nothing else.
 
     Returns:
         By type of device, "cpu" being the host.
     """
     done = {name for counts in work.values() for name, count in counts.items() if count}
     quantized = sum(layer.weight.numel() for layer in layers.values())
-    on_device = 2 * sum(parameter.numel() for parameter in model.parameters())
+    stored = 2 * sum(parameter.numel() for parameter in model.parameters())
+    on_device = 0
     if done & {"forward", "tune"}:
         on_device += (4 if recipe.compute == "float32" else 2) * quantized  # those that a loss is taken at
     collected = _hessians(layers, done)
@@ -56,7 +59,8 @@ def memory_needed(
     if "integral" in done and _keeps_start(work):
         collected += _MOMENTS * quantized
     if device.type == "cpu":
-        return {"cpu": on_device + collected}
+        return {"cpu": stored + processes * (on_device + collected)}
+    on_device += stored
     return {"cpu": collected, device.type: on_device} if low_memory else {device.type: on_device + collected}
 
 

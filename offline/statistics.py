@@ -25,6 +25,7 @@ from .models import computing_in
 from .path import NOT_FINITE, adding_inputs, results
 from .pqi import GradientMoments, Kept, Objective
 from .progress import track
+from .ranks import current_ranks
 from .streaming import Walk, streamed_inputs
 
 __all__ = ["HESSIANS", "InputStatistics", "guided_statistics", "input_statistics"]
@@ -228,8 +229,9 @@ def _collect(
     moments = {name: make() for name, make in sums.items()}
     state = {f"{part}.{name}": t for name, moment in moments.items() for part, t in moment.state().items()}
     first = snapshot.restore(state)
+    rows = current_ranks().mine(tokens)
     with adding_inputs(layers, moments), computing_in(compute, device):
-        rest = track(tokens[first:], label, total=len(tokens) - first, tokens_per_item=tokens.shape[1])
+        rest = track(rows[first:], label, total=len(rows) - first, tokens_per_item=tokens.shape[1])
         for number, row in enumerate(rest, start=first):
             model.base_model(row[None].to(device), use_cache=False)  # no head: nobody looks at predictions
             snapshot.offer(number + 1, state)

@@ -8,10 +8,9 @@ of :class:`~.pqi.Objective` and :func:`~.statistics.input_statistics`, in the sa
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -41,7 +40,7 @@ class Activations:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / str(current_ranks().rank)
+        self.folder = folder
 
     def save(self, place: str, tensors: list[Tensor]) -> None:
         # a process may have no sequences
@@ -61,8 +60,6 @@ class Activations:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # another process may still have something there
-            self.folder.parent.rmdir()
 
     def _path(self, place: str) -> Path:
         return self.folder / f"{place}.safetensors"
@@ -100,17 +97,11 @@ class StreamedObjective(Objective):
         walk: how they go.
     """
 
-    lazy: ClassVar[bool] = True
+    lazy: bool = True
     walk: Walk = field(kw_only=True)
 
     def _blocks(self) -> Blocks:
         return self.walk.blocks(self.model, self.layers, self.tokens[0], self.compute)
-
-    @property
-    def _rows(self) -> Tensor:
-        """The sequences of this process."""
-        rows: Tensor = current_ranks().mine(self.tokens)
-        return rows
 
     @torch.no_grad()
     def _losses(self, weights: Mapping[str, Tensor], label: str) -> list[float]:
@@ -120,9 +111,7 @@ class StreamedObjective(Objective):
         for number, (row, hidden) in enumerate(zip(self._rows, self._last(blocks, weights, label), strict=True)):
             teacher = None if teachers is None else blocks.predict(row, teachers[number])
             losses.append(float(sequence_loss(blocks.predict(row, hidden), row, teacher)))
-        everywhere = current_ranks().gather(losses)
-        ranks = len(everywhere)
-        return [everywhere[item % ranks][item // ranks] for item in range(len(self.tokens))]  # as Ranks.mine divides
+        return current_ranks().whole(losses, len(self.tokens))
 
     @torch.no_grad()
     def _last(self, blocks: Blocks, weights: Mapping[str, Tensor], label: str) -> list[Tensor]:
@@ -263,8 +252,6 @@ def streamed_inputs(
             for item in range(len(hidden)):
                 next(ticks)
                 hidden[item] = blocks.run(number, hidden[item])
-        for each in wanted.values():
-            current_ranks().add_up(each.state())
         yield from results(wanted)
         del wanted  # before there are others
         kept.save(f"input-{number + 1}", hidden)
@@ -287,8 +274,6 @@ def _end_sequence(layers: Mapping[str, LayerMoments]) -> None:
 
 def _summed(layers: Mapping[str, LayerMoments]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Results over all processes; the layers add up nothing more."""
-    for layer in layers.values():
-        current_ranks().add_up(layer.state())
     yield from results(layers)
     for layer in layers.values():
         layer.close()

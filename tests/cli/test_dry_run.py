@@ -113,6 +113,15 @@ def test_sizes_are_told_beside_objections(source: Path, tmp_path: Path) -> None:
     assert said["expected_seconds"] is None, "no time is foretold of what cannot be done"
 
 
+def test_the_whole_model_in_several_processes_takes_several_and_has_to_be_in_memory(
+    source: Path, tmp_path: Path
+) -> None:
+    said, result = dry_run(source, tmp_path / "out", "--stream", "--replicate")
+    assert result.exit_code == 2
+    both, alone = said["objections"]
+    assert "--stream" in both and "torchrun" in alone
+
+
 def test_a_resumed_conversion_is_refused_for_every_other_flag(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with observing(Stopped("significant")):

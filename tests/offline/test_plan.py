@@ -136,16 +136,17 @@ def test_low_memory_leaves_less_on_the_device() -> None:
     recipe = Recipe()
     work = workload(recipe, writes_text=True, refits=True)
 
-    def needed(device: str, *, low_memory: bool = False) -> dict[str, int]:
-        return memory_needed(
-            model, find_layers(model), recipe, work, device=torch.device(device), low_memory=low_memory
-        )
+    def needed(device: str, **settings: Any) -> dict[str, int]:
+        settings = {"low_memory": False} | settings
+        return memory_needed(model, find_layers(model), recipe, work, device=torch.device(device), **settings)
 
     (all_of_it,) = needed("cuda").values()
     assert needed("cpu") == {"cpu": all_of_it}
     low = needed("cuda", low_memory=True)
     assert sum(low.values()) == all_of_it
     assert low["cuda"] < 0.4 * all_of_it
+    files = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert needed("cpu", processes=3) == {"cpu": 3 * all_of_it - 2 * files}
 
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)

@@ -49,15 +49,15 @@ def integrals(folder: Path) -> list[dict[str, Any]]:
     return report["integrals"]
 
 
-@pytest.mark.parametrize("base", RECIPES)
-def test_two_processes_make_what_one_makes(base: str, model: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run([sys.executable, *command(model, one, base)], check=True, env=environment())
-    subprocess.run([*TORCHRUN, *command(model, two, base)], check=True, env=environment())
+def run(start: list[str], model: Path, output: Path, base: str, *flags: str) -> None:
+    subprocess.run([*start, *command(model, output, base), *flags], check=True, env=environment())
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    """Sums are added up in another order, so that a weight may be ranked or rounded otherwise once in a while."""
     for expected, actual in zip(integrals(one), integrals(two), strict=True):
         assert actual["predicted"] == pytest.approx(expected["predicted"], rel=1e-4)
         assert actual["actual"] == pytest.approx(expected["actual"], rel=1e-4)
-    # sums are added up in another order, so that a weight may be ranked or rounded otherwise once in a while
     first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
     codes = [name for name in first if name.endswith("qweight")]
     same = sum(int((first[name] == second[name]).sum()) for name in codes)
@@ -69,19 +69,45 @@ def test_two_processes_make_what_one_makes(base: str, model: Path, tmp_path: Pat
     assert not default_folder(two).exists()
 
 
-def test_two_processes_go_on_after_a_kill(model: Path, tmp_path: Path) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    subprocess.run([*TORCHRUN, *command(model, straight, "squeezellm")], check=True, env=environment())
-    process = subprocess.Popen([*TORCHRUN, *command(model, broken, "squeezellm")], env=environment())
-    results = default_folder(broken) / "results"
-    while process.poll() is None and not (results / "quantized").exists():
-        time.sleep(0.01)
+@pytest.mark.parametrize("base", RECIPES)
+def test_two_processes_make_what_one_makes(base: str, model: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run([sys.executable], model, one, base)
+    run(TORCHRUN, model, two, base)
+    assert_alike(one, two)
+    if "--stream" not in RECIPES[base]:
+        run(TORCHRUN, model, tmp_path / "replicated", base, "--replicate")
+        assert_alike(one, tmp_path / "replicated")
+
+
+def kill(start: list[str], model: Path, output: Path, base: str, *flags: str, once: str) -> None:
+    """Begin a conversion and end all of its processes when something has appeared in the folder of its results."""
+    process = subprocess.Popen([*start, *command(model, output, base), *flags], env=environment())
+    results = default_folder(output) / "results"
+    while process.poll() is None and not any(results.glob(once)):
+        time.sleep(0.002)
     family = psutil.Process(process.pid)
     for member in (family, *family.children(recursive=True)):
         member.kill()
     process.wait()
-    assert not broken.exists(), "it was killed before the end"
-    subprocess.run([*TORCHRUN, *command(model, broken, "squeezellm"), "--resume"], check=True, env=environment())
+    assert not output.exists(), "it was killed before the end"
+
+
+@pytest.mark.parametrize("flags", [[], ["--replicate", "--snapshot-every", "0"]], ids=["sharded", "replicated"])
+def test_two_processes_go_on_after_a_kill(flags: list[str], model: Path, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run(TORCHRUN, model, straight, "squeezellm", *flags)
+    once = "*/*-1-of-2.snapshot" if flags else "quantized"
+    kill(TORCHRUN, model, broken, "squeezellm", *flags, once=once)
+    run(TORCHRUN, model, broken, "squeezellm", *flags, "--resume")
     first, second = (load_file(folder / "model.safetensors") for folder in (straight, broken))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_process_goes_on_with_what_two_have_begun(model: Path, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run([sys.executable], model, straight, "gptq")
+    kill(TORCHRUN, model, broken, "gptq", once="scratch/between/*-1-of-2/input-1.safetensors")
+    run([sys.executable], model, broken, "gptq", "--resume")
+    assert_alike(straight, broken)

@@ -111,6 +111,9 @@ def command(
     stream: Annotated[
         bool, typer.Option("--stream", help="Leave the weights in their files and work block by block: any size.")
     ] = False,
+    replicate: Annotated[
+        bool, typer.Option("--replicate", help="Under torchrun: the whole model in every process, faster if it fits.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what speaks against it, what comes out, and what it takes; stop.")
     ] = False,
@@ -189,6 +192,7 @@ def command(
             resume=resume,
             overwrite=overwrite,
             cache=cache,
+            replicate=replicate,
             push_to_hub=push_to_hub,
         )
         with metrics:
@@ -222,7 +226,7 @@ def _joined() -> Iterator["Ranks"]:
 def _convert(request: "Request", recipe: "Recipe", snapshot_every: float) -> dict[str, Any]:
     from ..offline.cache import TensorCache
     from ..offline.mapped import load_mapped
-    from ..offline.models import load_causal_lm
+    from ..offline.models import Passes, load_causal_lm
     from ..offline.save import convert_and_save
     from ..offline.stages import Stages
     from ..offline.work import WorkFolder
@@ -241,8 +245,8 @@ def _convert(request: "Request", recipe: "Recipe", snapshot_every: float) -> dic
         log.info("loading %s, on %s", request.model, request.device)
         with Stages().stage("load"):
             if request.mapped:
-                sharded = not request.stream
-                lm = load_mapped(request.model, work.path / "rounded", sharded=sharded, **source)
+                passes: Passes = "whole" if request.replicate else "streamed" if request.stream else "sharded"
+                lm = load_mapped(request.model, work.path / "rounded", passes=passes, **source)
             else:
                 lm = load_causal_lm(request.model, device=request.device, **source)
         config, conversion = convert_and_save(
