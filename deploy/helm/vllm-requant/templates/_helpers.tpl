@@ -124,12 +124,35 @@ capabilities:
 {{- if and (gt (int .server.gpus) 0) (gt (div $world $nodes | int) (int .server.gpus)) -}}
 {{- fail (printf "server.gpus is %d, but a pod runs %d ranks (server.tensorParallelSize × server.pipelineParallelSize over %d pods)" (int .server.gpus) (div $world $nodes | int) $nodes) -}}
 {{- end -}}
+{{- $own := "api-key|host|port|served-model-name|max-model-len|tensor-parallel-size|pipeline-parallel-size|shutdown-timeout|activation-bits|headless|nnodes|node-rank|master-addr|master-port|distributed-executor-backend" -}}
+{{- range .server.extraArgs -}}
+{{- if regexMatch (printf "^(--(%s)|-tp|-pp|-n|-r)(=|$)" (replace "-" "[-_]" $own)) . -}}
+{{- fail (printf "server.extraArgs: %s is the chart's to set, from a value of its own" (splitList "=" . | first)) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name := list "VLLM_API_KEY" "HF_TOKEN" -}}
+{{- if hasKey $.Values.server.env $name -}}
+{{- fail (printf "server.env: %s is a secret; give apiKey, or extraEnv with a secretKeyRef" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $label, $_ := .server.podLabels -}}
+{{- if hasPrefix "app.kubernetes.io/" $label -}}
+{{- fail (printf "server.podLabels: %s is the chart's to set, since selectors ask for it" $label) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq (toString .server.rollingUpdate.maxUnavailable) "0") (eq (toString .server.rollingUpdate.maxSurge) "0") -}}
 {{- fail "server.rollingUpdate: maxUnavailable and maxSurge cannot both be 0" -}}
 {{- end -}}
 {{- if .conversion.enabled -}}
 {{- if not .conversion.model -}}
 {{- fail "conversion.model: say what is to be converted" -}}
+{{- end -}}
+{{- range .conversion.args -}}
+{{- if regexMatch "^(-o|--output|--work-dir|--resume|--dry-run)(=|$)" . -}}
+{{- fail (printf "conversion.args: %s is the chart's to set" (splitList "=" . | first)) -}}
+{{- else if eq . "--overwrite" -}}
+{{- fail "conversion.args: --overwrite would take a checkpoint from under its servers; give checkpoint.name another value" -}}
+{{- end -}}
 {{- end -}}
 {{- if and .conversion.hubToken.secretName (not .conversion.fromHub) -}}
 {{- fail "conversion.hubToken goes with conversion.fromHub" -}}
