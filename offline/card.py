@@ -10,7 +10,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from vllm_requant.format import CheckpointConfig
 from vllm_requant.format.checksums import SUMS_NAME
 
-__all__ = ["CARD_NAME", "STDERR", "evaluation_rows", "inherited", "kept", "model_card"]
+__all__ = [
+    "CARD_NAME",
+    "STDERR",
+    "conditions_text",
+    "evaluation_rows",
+    "inherited",
+    "kept",
+    "metric_words",
+    "model_card",
+]
 
 log = logging.getLogger(__name__)
 CARD_NAME = "README.md"
@@ -133,16 +142,17 @@ def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[
             if not metric.endswith(STDERR):
                 error = scores.get(metric + STDERR)
                 shown = f"{value:.5g}" + ("" if error is None else f" ± {error:.2g}")
-                yield entry["dataset"], _words(metric), shown, _conditions(entry["conditions"])
+                yield entry["dataset"], metric_words(metric), shown, conditions_text(entry["conditions"])
 
 
-def _words(name: str) -> str:
+def metric_words(name: str) -> str:
     """``exact_match,strict-match``: exact match (strict-match)."""
     metric, _, chosen = name.partition(",")
     return metric.replace("_", " ") + (f" ({chosen})" if chosen else "")
 
 
-def _conditions(conditions: Mapping[str, Any]) -> str:
+def conditions_text(conditions: Mapping[str, Any]) -> str:
+    """Conditions of a result in a line, without those that say nothing to a reader."""
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _told(conditions).items())
 
 
@@ -160,7 +170,7 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[EvalResult]:
                     dataset_type=entry["dataset"],
                     dataset_name=entry["dataset"],
                     metric_type=metric.partition(",")[0],
-                    metric_name=_words(metric),
+                    metric_name=metric_words(metric),
                     metric_value=value,
                     # of two results of one data set nothing else says what they differ in
                     metric_args=_told(entry["conditions"]),

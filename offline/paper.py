@@ -90,6 +90,15 @@ PUBLISHED: Mapping[int, Rows] = {
         ("β = r_s / 2", 10.94, 10.42),
         ("β = r_s", 10.95, 10.45),
     ),
+    # run, milliseconds of the prompt and of decoding; on which GPU, and of how many tokens, is not said
+    9: (
+        ("awq-4", 13, 23768),
+        ("awq-4-requant", 18, 35204),
+        ("squeezellm-4", 86, 47151),
+        ("squeezellm-4-requant", 29, 45266),
+        ("squeezellm-3", 85, 33657),
+        ("squeezellm-3-requant", 86, 32568),
+    ),
 }
 
 
@@ -105,6 +114,14 @@ PUBLISHED_3B: Mapping[int, Rows] = {
         ("awq-4-requant", 4.24, 2.13, 8.20, 42.20),
         ("squeezellm-4", 4.24, 2.13, 8.12, 43.06),
         ("squeezellm-4-requant", 4.24, 2.13, 8.14, 42.24),
+    ),
+    9: (
+        ("awq-4", 31, 59631),
+        ("awq-4-requant", 31, 59174),
+        ("squeezellm-4", 230, 56882),
+        ("squeezellm-4-requant", 68, 56372),
+        ("squeezellm-3", 229, 56343),
+        ("squeezellm-3-requant", 229, 54640),
     ),
 }
 

@@ -1,8 +1,8 @@
-"""Tables 1 to 8, 10 and 11 of arXiv 2503.01901 for any model, beside the paper's own numbers for its own.
+"""Tables 1 to 11 of arXiv 2503.01901 for any model, beside the paper's own numbers for its own.
 
-Tables 6, 7, 10 and 11 are of conversions, which a sweep has made; the others are measured here. What the paper does not
-say of its settings is in the arguments. Weights are SqueezeLLM's, 4 bit, as there: its perplexities before and after
-quantization differ by the ΔF of tables 1 to 3.
+Tables 6, 7, 10 and 11 are of conversions, which a sweep has made, table 9 of servers that were timed; the others are
+measured here. What the paper does not say of its settings is in the arguments. Weights are SqueezeLLM's, 4 bit, as
+there: its perplexities before and after quantization differ by the ΔF of tables 1 to 3.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from .pipeline import convert
 from .pqi import Breakdown, Objective, PathIntegral
 from .quantizer import LayerQuantizer
 from .recipe import Recipe
-from .report.evidence import place
+from .report.evidence import EvidenceError, place, read_object
 from .second_order import expand
 
-__all__ = ["TABLES", "Table", "Tables", "result_tables"]
+__all__ = ["TABLES", "Table", "Tables", "result_tables", "speed_table"]
 
 _LAMBDAS = (1e-1, 5e-2, 1e-2, 5e-3, 1e-3)
 _RULES = (("uniform", 4), ("uniform", 8), ("uniform", 16), ("uniform", 32), ("gauss", 2), ("gauss", 4), ("gauss", 8))
@@ -263,6 +264,34 @@ def result_tables(results: Sequence[Mapping[str, Any]], source: str) -> list[Tab
         )
     )
     return made
+
+
+def speed_table(file: Path, source: str) -> Table:
+    """Table 9, from what ``requant bench --json`` has printed.
+
+    Args:
+        file: of that; contenders that are named as in ``offline/recipes`` stand beside the paper's.
+        source: of the model.
+
+    Raises:
+        EvidenceError: it is something else.
+    """
+    measured = read_object(file)
+    try:
+        load = measured["load"]
+        rows = [
+            (
+                row["name"],
+                1000 * load["prompt_tokens"] / row["median"]["prefill"],
+                1000 * load["new_tokens"] / row["median"]["decode"],
+            )
+            for row in measured["results"]
+            if "median" in row
+        ]
+    except (KeyError, TypeError) as error:
+        raise EvidenceError(f"{file}: is not what requant bench --json prints ({error} is missing)") from None
+    title = f"Time of one request: {load['prompt_tokens']} tokens of a prompt, {load['new_tokens']} decoded"
+    return Table(9, title, ("run", "prefill, ms", "decode, ms"), rows, published=published(9, source))
 
 
 def _hours(seconds: Mapping[str, float]) -> float:

@@ -16,7 +16,7 @@ from vllm_requant.kernels.reference import row_index
 from ..objections import ObjectionError
 from ..save import REPORT_NAME, TIMINGS_NAME
 
-__all__ = ["Conversion", "Evidence", "EvidenceError", "is_checkpoint", "place"]
+__all__ = ["Conversion", "Evidence", "EvidenceError", "is_checkpoint", "place", "read_object"]
 
 _PLACE = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 _EXPERT = re.compile(r"\.\d+\.")
@@ -37,7 +37,7 @@ def place(layer: str) -> tuple[int, str] | None:
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder's configuration says that its model is quantized."""
     config = path / CONFIG_NAME
-    return config.is_file() and "quantization_config" in _object(config)
+    return config.is_file() and "quantization_config" in read_object(config)
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Conversion:
     @cached_property
     def report(self) -> dict[str, Any]:
         """What was measured; empty if the checkpoint came without."""
-        return _object(self.folder / REPORT_NAME)
+        return read_object(self.folder / REPORT_NAME)
 
     @cached_property
     def timings(self) -> dict[str, Any]:
         """Seconds and memory of the stages; likewise."""
-        return _object(self.folder / TIMINGS_NAME)
+        return read_object(self.folder / TIMINGS_NAME)
 
     @property
     def name(self) -> str:
@@ -72,6 +72,31 @@ class Conversion:
     def recipe(self) -> Mapping[str, Any]:
         recipe = self.checkpoint.config.provenance.get("recipe")
         return recipe if isinstance(recipe, dict) else {}
+
+    @cached_property
+    def measured(self) -> dict[str, dict[str, float]]:
+        """What the conversion found out about each layer, by the names that the checkpoint has; {} if nothing.
+
+        ``mean_pqi`` and ``predicted_delta_f`` are of the first path integral, ``outlier_share`` of algorithm 1.
+        """
+        integrals = self.report.get("integrals")
+        first = integrals[0] if isinstance(integrals, list) and integrals else None
+        integral: Mapping[str, Any] = first if isinstance(first, dict) else {}
+        kinds = {
+            "mean_pqi": integral.get("pqi_by_layer"),
+            "predicted_delta_f": integral.get("predicted_by_layer"),
+            "outlier_share": self.report.get("outliers"),
+        }
+        found: dict[str, dict[str, float]] = {}
+        for name, spec in self.checkpoint.config.layers.items():
+            # whoever made the checkpoint wrote the report
+            own = {kind: values.get(name) for kind, values in kinds.items() if isinstance(values, dict)}
+            numbers = {kind: float(value) for kind, value in own.items() if isinstance(value, (int, float))}
+            for kind in numbers.keys() - {"predicted_delta_f"}:
+                numbers[kind] /= spec.numel  # sums over the layer's weights
+            if numbers:
+                found[name] = numbers
+        return found
 
     def positions(self) -> Iterator[tuple[str, tuple[int, int], torch.Tensor, torch.Tensor]]:
         """The residual of every layer: name, shape, int64 rows and columns of its elements."""
@@ -110,7 +135,12 @@ class Evidence:
         return cls(conversions, rows, {} if tables is None else _tables(tables))
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; {} if there is no file.
+
+    Raises:
+        EvidenceError: it holds something else.
+    """
     if not path.exists():
         return {}
     try:
@@ -123,7 +153,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _tables(path: Path) -> dict[int, dict[str, Any]]:
-    tables = _object(path).get("tables")
+    tables = read_object(path).get("tables")
     if not isinstance(tables, list) or not all({"number", "columns", "rows"} <= set(table) for table in tables):
         raise EvidenceError(f"{path}: is not a tables.json that requant tables has written")
     return {table["number"]: table for table in tables}

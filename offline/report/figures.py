@@ -1,5 +1,6 @@
 """Figures: a table of numbers each, and how it is drawn. What is not known is left out, not guessed."""
 
+import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..card import STDERR, conditions_text, metric_words
 from .drawing import COLOURS, INK, MUTED, panel
 from .evidence import Conversion, Evidence, place
 
@@ -59,6 +61,47 @@ def result_figures(evidence: Evidence) -> Iterator[Figure]:
     for number, figure in {1: _by_block, 2: _by_step, 3: _by_rule, 8: _ablation}.items():
         if number in evidence.tables:
             yield figure(evidence.tables[number])
+    yield from _evaluations(evidence.conversions)
+
+
+def _evaluations(conversions: Sequence[Conversion]) -> Iterator[Figure]:
+    """What ``requant eval`` has recorded, a figure for each score of the same data under the same conditions."""
+    found: dict[tuple[str, str, str], list[tuple[str, float, float | None]]] = defaultdict(list)
+    for conversion in conversions:
+        for entry in conversion.report.get("evaluations") or []:
+            conditions, scores = json.dumps(entry["conditions"], sort_keys=True), entry["scores"]
+            for metric, value in scores.items():
+                if not metric.endswith(STDERR):
+                    row = conversion.name, value, scores.get(metric + STDERR)
+                    found[entry["dataset"], metric, conditions].append(row)
+    for number, ((dataset, metric, conditions), rows) in enumerate(found.items(), start=1):
+        yield _evaluation(f"evaluation-{number}", dataset, metric, json.loads(conditions), rows)
+
+
+def _evaluation(
+    name: str,
+    dataset: str,
+    metric: str,
+    conditions: Mapping[str, Any],
+    rows: Sequence[tuple[str, float, float | None]],
+) -> Figure:
+    def draw(canvas: "Canvas") -> None:
+        axes = panel(canvas, xlabel=metric_words(metric))
+        axes.grid(False, axis="y")
+        for at, (_, value, error) in enumerate(rows):
+            axes.errorbar(value, at, xerr=error, fmt="o", color=COLOURS[0], markersize=6, capsize=3)
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+
+    return Figure(
+        name,
+        f"{dataset}: {metric_words(metric)}",
+        f"{conditions_text(conditions)}." + (" Bars are standard errors." if any(row[2] for row in rows) else ""),
+        ["checkpoint", metric, "standard error"],
+        rows,
+        draw,
+        (_WIDTH, 0.9 + 0.3 * len(rows)),
+    )
 
 
 def _kind(run: str) -> str | None:
@@ -220,7 +263,14 @@ def conversion_figures(conversion: Conversion) -> Iterator[Figure]:
         yield _delta_f(integrals)
         if "coverage" in integrals[0]:
             yield _coverage(integrals[0])
-            yield from _sensitivity(conversion, integrals[0])
+        yield from _by_layer(
+            "sensitivity",
+            "Mean PQI by layer",
+            f"How much a weight of each layer costs on average when it is quantized ({integrals[0]['stage']}).",
+            "mean PQI",
+            _measured(conversion, "mean_pqi"),
+            log=True,
+        )
     yield from _by_layer(
         "residual-share",
         "Sparse weights by layer",
@@ -229,16 +279,13 @@ def conversion_figures(conversion: Conversion) -> Iterator[Figure]:
         {name: 100 * spec.nnz / spec.numel for name, spec in conversion.checkpoint.config.layers.items()},
         log=True,
     )
-    outliers = conversion.report.get("outliers")
-    if outliers:
-        numel = {name: spec.numel for name, spec in conversion.checkpoint.config.layers.items()}
-        yield from _by_layer(
-            "outlier-ratio",
-            "Outlier ratio by layer",
-            "Share of each layer's weights that algorithm 1 removes before the dense part is fitted.",
-            "share of weights, %",
-            {name: 100 * count / numel[name] for name, count in outliers.items() if name in numel},
-        )
+    yield from _by_layer(
+        "outlier-ratio",
+        "Outlier ratio by layer",
+        "Share of each layer's weights that algorithm 1 removes before the dense part is fitted.",
+        "share of weights, %",
+        {name: 100 * share for name, share in _measured(conversion, "outlier_share").items()},
+    )
     bits = {name: spec.bits_per_weight for name, spec in conversion.checkpoint.config.layers.items()}
     if len({round(value, 1) for value in bits.values()}) > 1:
         yield from _by_layer(
@@ -302,17 +349,8 @@ def _coverage(integral: Mapping[str, Any]) -> Figure:
     )
 
 
-def _sensitivity(conversion: Conversion, integral: Mapping[str, Any]) -> Iterator[Figure]:
-    layers = conversion.checkpoint.config.layers
-    mean = {name: total / layers[name].numel for name, total in integral["pqi_by_layer"].items() if name in layers}
-    yield from _by_layer(
-        "sensitivity",
-        "Mean PQI by layer",
-        f"How much a weight of each layer costs on average when it is quantized ({integral['stage']}).",
-        "mean PQI",
-        mean,
-        log=True,
-    )
+def _measured(conversion: Conversion, kind: str) -> dict[str, float]:
+    return {name: values[kind] for name, values in conversion.measured.items() if kind in values}
 
 
 def _by_layer(

@@ -123,7 +123,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "off-grid": lambda: _pairs("methods-off-grid-4-bit.jsonl"),
     "calibration": _calibration,
     "memory": _memory,
-    "memory": _memory,
     "gpu": _gpu,
 }
 PICTURES: dict[str, Callable[[Path], None]] = {

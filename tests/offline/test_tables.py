@@ -99,6 +99,24 @@ def test_tables_of_a_sweep(tmp_path: Path) -> None:
     assert "| 3.24 | 1.8 | 9.98 | 35.08 |" in text
 
 
+def test_times_of_servers_stand_beside_the_paper_s(tmp_path: Path) -> None:
+    measured = tmp_path / "bench.json"
+    rates = {"prefill": 2000.0, "decode": 50.0, "batch": 400.0}
+    results = [{"name": "awq-4-requant", "median": rates}, {"name": "gone", "error": "no file"}]
+    measured.write_text(json.dumps({"load": {"prompt_tokens": 500, "new_tokens": 100}, "results": results}))
+    arguments = ["tables", "Llama-3.2-1B", "--only", "", "--speed", str(measured), "-o", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "500 tokens of a prompt, 100 decoded" in done.stdout
+    assert "| awq-4-requant | 250 | 2000 | 18 | 35204 |" in done.stdout
+    assert "| squeezellm-3 |  |  | 85 | 33657 |" in done.stdout, "what only the paper has"
+    assert "gone" not in done.stdout
+    measured.write_text("{}")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "is not what requant bench --json prints ('load' is missing)" in done.stderr.replace("\n", " ")
+
+
 def test_every_recipe_of_the_paper_can_be_run() -> None:
     for path in (Path(__file__).parents[2] / "offline" / "recipes").glob("*.toml"):
         names = set(read_runs(path))

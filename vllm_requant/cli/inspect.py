@@ -1,4 +1,4 @@
-"""``requant inspect``: what a checkpoint holds, from its configuration and headers alone."""
+"""``requant inspect``: what a checkpoint holds, from its configuration, headers and report."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,10 +10,14 @@ from .output import command_errors, incident_lines, print_json, set_up_logging
 
 __all__ = ["command", "describe", "facts"]
 
+_MEASURED = {"mean_pqi": "PQI", "predicted_delta_f": "ΔF", "outlier_share": "outliers"}
+
 
 def command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A ReQuant checkpoint.")],
-    layers: Annotated[bool, typer.Option("--layers", help="A line for every layer.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="A line for every layer, with what its conversion measured.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Say what a checkpoint holds: kinds, bits per weight, sparse elements, bytes, provenance."""
@@ -32,9 +36,10 @@ def describe(folder: Path, *, with_layers: bool = False) -> dict[str, Any]:
     Raises:
         ReQuantFormatError: the configuration or a header is malformed.
     """
-    from ..format.reader import Checkpoint
+    from ..offline.report.evidence import Conversion
 
-    checkpoint = Checkpoint(folder)
+    conversion = Conversion(folder)
+    checkpoint = conversion.checkpoint
     config = checkpoint.config
     kinds = Counter(f"{spec.kind} {spec.bits} bit" for spec in config.layers.values())
     other = checkpoint.other_nbytes()
@@ -59,7 +64,9 @@ def describe(folder: Path, *, with_layers: bool = False) -> dict[str, Any]:
     }
     if with_layers:
         result["per_layer"] = {
-            name: spec.model_dump() | {"bytes": spec.nbytes, "bits_per_weight": spec.bits_per_weight}
+            name: spec.model_dump()
+            | {"bytes": spec.nbytes, "bits_per_weight": spec.bits_per_weight}
+            | conversion.measured.get(name, {})
             for name, spec in config.layers.items()
         }
     return result
@@ -94,6 +101,7 @@ def _show(result: dict[str, Any]) -> None:
         typer.echo(
             f"  {name:<44} {layer['kind']} {layer['bits']} bit{group}  "
             f"{layer['out_features']}×{layer['in_features']}  nnz {layer['nnz']}  {layer['bits_per_weight']:.3f}"
+            + "".join(f"  {what} {layer[key]:.3g}" for key, what in _MEASURED.items() if key in layer)
         )
 
 

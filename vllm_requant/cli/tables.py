@@ -17,7 +17,7 @@ __all__ = ["command"]
 def command(
     model: Annotated[str, typer.Argument(help="Local folder, Hub id, or GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables.md and tables.json.")],
-    only: Annotated[str, typer.Option(metavar="NUMBERS", help="Which tables.")] = "1,2,3,4,5,8",
+    only: Annotated[str, typer.Option(metavar="NUMBERS", help="Which of them; '' for none.")] = "1,2,3,4,5,8",
     bits: Annotated[int, typer.Option(help="Width of SqueezeLLM's codes.")] = 4,
     calibration_dataset: Annotated[str, typer.Option(help="Calibration text, as for convert.")] = "self",
     num_samples: Annotated[int, typer.Option(help="Calibration sequences; the paper has 100.")] = 8,
@@ -27,9 +27,10 @@ def command(
     compute: Annotated[str, typer.Option(help="Precision of the gradients: float32; bfloat16; auto.")] = "float32",
     results: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, help="What requant sweep wrote: also tables 6 or 7, 10 and 11; --only '' for them alone."
-        ),
+        typer.Option(exists=True, help="What requant sweep wrote: also tables 6 or 7, 10 and 11."),
+    ] = None,
+    speed: Annotated[
+        Path | None, typer.Option(exists=True, help="What requant bench --json printed: also table 9.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keeps gradients and integrals [OUTPUT/cache].")] = None,
@@ -48,10 +49,10 @@ def command(
         from ..offline.models import load_causal_lm, resolve_source
         from ..offline.recipe import RecipeError
         from ..offline.report.evidence import Evidence
-        from ..offline.tables import TABLES, Tables, result_tables
+        from ..offline.tables import TABLES, Tables, result_tables, speed_table
 
         wanted = [number.strip() for number in only.split(",") if number.strip()]
-        if any(number not in map(str, TABLES) for number in wanted) or not (wanted or results):
+        if any(number not in map(str, TABLES) for number in wanted) or not (wanted or results or speed):
             raise RecipeError(f"--only {only}: write numbers of {', '.join(map(str, TABLES))}")
         output.mkdir(parents=True, exist_ok=True)
         settings: dict[str, Any] = {"model": Path(model).name}
@@ -69,6 +70,8 @@ def command(
 
         if results is not None:
             keep(result_tables(Evidence.read([], [results], None).results, model))
+        if speed is not None:
+            keep([speed_table(speed, model)])
         if wanted:
             check_dataset(calibration_dataset)
             resolve_source(model)
@@ -103,8 +106,10 @@ def _markdown(table: "Table") -> str:
     lines = [head, ["---"] * len(head)]
     nothing = ("",) * (len(head) - len(table.columns))
     for row in table.rows:
-        theirs = beside.get(tuple(row[: table.keys]), nothing)
+        theirs = beside.pop(tuple(row[: table.keys]), nothing)
         lines.append([_cell(value) for value in (*row, *theirs)])
+    for key, theirs in beside.items():  # what only the paper has
+        lines.append([_cell(value) for value in (*key, *[""] * (len(table.columns) - table.keys), *theirs)])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"Table {table.number}. {table.title}\n\n{text}\n"
 

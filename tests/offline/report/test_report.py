@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import Recipe
 from vllm_requant.offline.report.drawing import write_svg
 from vllm_requant.offline.report.evidence import Evidence, EvidenceError, place
-from vllm_requant.offline.report.figures import conversion_figures
-from vllm_requant.offline.save import REPORT_NAME, convert_and_save
+from vllm_requant.offline.report.figures import conversion_figures, result_figures
+from vllm_requant.offline.save import REPORT_NAME, convert_and_save, record_evaluation
 
 VOID = {"meta", "br", "link"}
 
@@ -134,6 +135,47 @@ def test_numbers_are_those_of_the_conversion(checkpoint: Path) -> None:
     stored = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert sum(row[1] for row in figures["sizes"].rows) == pytest.approx(stored, rel=0.2)
     assert sum(row[1] for row in figures["sizes"].rows) < stored  # less the header
+
+
+def test_recorded_evaluations_stand_side_by_side_if_they_compare(tmp_path: Path, checkpoint: Path) -> None:
+    folders = [Path(shutil.copytree(checkpoint, tmp_path / name)) for name in ("three", "four")]
+    for number, folder in enumerate(folders):
+        scores = {"perplexity": 20.0 + number, "acc": 0.5, "acc_stderr": 0.1}
+        record_evaluation(folder, {"dataset": "text", "conditions": {"seq_len": 24}, "scores": scores})
+    other = {"dataset": "text", "conditions": {"seq_len": 48}, "scores": {"perplexity": 19.0}}
+    record_evaluation(folders[0], other)
+    figures = list(result_figures(Evidence.read(folders, [], None)))
+    rows = [(figure.title, figure.caption, figure.rows) for figure in figures]
+    assert rows == [
+        ("text: perplexity", "seq len 24.", [("three", 20.0, None), ("four", 21.0, None)]),
+        ("text: acc", "seq len 24. Bars are standard errors.", [("three", 0.5, 0.1), ("four", 0.5, 0.1)]),
+        ("text: perplexity", "seq len 48.", [("three", 19.0, None)]),
+    ]
+    assert len({figure.name for figure in figures}) == 3
+    assert all("<svg" in write_svg(figure) for figure in figures)
+
+
+def test_inspect_tells_what_the_figures_show(checkpoint: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", str(checkpoint), "--layers", "--json"])
+    layers = json.loads(done.stdout)["per_layer"]
+    (conversion,) = Evidence.read([checkpoint], [], None).conversions
+    figures = {figure.name: figure.rows for figure in conversion_figures(conversion)}
+    layer = layers["model.layers.1.self_attn.q_proj"]
+    assert (1, "q_proj", layer["mean_pqi"]) in figures["sensitivity"]
+    assert (1, "q_proj", 100 * layer["outlier_share"]) in figures["outlier-ratio"]
+    total = sum(each["predicted_delta_f"] for each in layers.values())
+    assert total == pytest.approx(conversion.report["integrals"][0]["predicted"])
+
+
+@pytest.mark.parametrize("integrals", [[{"pqi_by_layer": [1]}], [1], 1, []])
+def test_a_report_that_somebody_has_spoilt_tells_nothing(tmp_path: Path, checkpoint: Path, integrals: Any) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "spoilt"))
+    spoilt = {"outliers": {"model.layers.1.self_attn.q_proj": "many"}, "integrals": integrals}
+    (folder / REPORT_NAME).write_text(json.dumps(spoilt))
+    done = CliRunner().invoke(app, ["inspect", str(folder), "--layers"])
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stdout.splitlines() if line.startswith("  model.layers.")]
+    assert lines and not any("outliers" in line or "PQI" in line for line in lines)
 
 
 def test_same_evidence_same_bytes(checkpoint: Path) -> None:
