@@ -341,9 +341,10 @@ def test_a_pod_has_time_to_finish(name: str) -> None:
         if component(template) == "worker":
             # still there when the leader's last request ends
             assert before >= container_of(documents, "server")["lifecycle"]["preStop"]["sleep"]["seconds"] + drain
-            assert grace > before
+            assert grace >= before + 30
         else:
-            assert grace > before + drain
+            # after the last request processes have to end, which takes vLLM longer than one would think
+            assert grace >= before + drain + 30
 
 
 @every_set

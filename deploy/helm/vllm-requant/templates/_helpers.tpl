@@ -57,9 +57,12 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
-{{/* How long a pod may take to go: all that happens after it is told to, and some seconds to end processes. */}}
+{{/*
+How long a pod may take to go: all that happens after it is told to, and then the end of vLLM's processes, which on busy
+cores was seen to take half a minute when the last request had long been answered.
+*/}}
 {{- define "requant.graceSeconds" -}}
-{{- add .Values.shutdown.preStopSeconds .Values.shutdown.drainSeconds 15 -}}
+{{- add .Values.shutdown.preStopSeconds .Values.shutdown.drainSeconds 45 -}}
 {{- end -}}
 
 {{/* Takes a list: requests and limits, the name of a device, and how many of it. */}}
