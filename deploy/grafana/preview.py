@@ -3,7 +3,7 @@
     python deploy/grafana/preview.py deploy/grafana/dashboards/service.json -o service.png --minutes 15
 
 Titles, units, legends and places are the dashboard's; the drawing is not Grafana's. It knows what the dashboards here
-use: the panels ``stat``, ``timeseries``, ``bargauge`` and ``table``, and variables that stand at All.
+use: the panels ``stat``, ``timeseries``, ``state-timeline``, ``bargauge`` and ``table``, and variables at All.
 """
 
 import argparse
@@ -154,9 +154,12 @@ def _axes(figure: Any, frame: tuple[float, float, float, float], cells: int, pan
     )
     figure.add_artist(border)
     figure.text(left + 0.008, bottom + height * (1 - 0.65 / cells), panel["title"], size=11, weight="bold", va="center")
-    below = {"timeseries": 2.0, "bargauge": 0.4}.get(panel["type"], 0.3)
-    margin = {"timeseries": 0.055, "bargauge": 0.16}.get(panel["type"], 0.008)
-    room = (width - margin - 0.015, height * (1 - (below + 1.3) / cells))
+    below = {"timeseries": 2.0, "state-timeline": 1.0, "bargauge": 0.4}.get(panel["type"], 0.3)
+    margin = {"timeseries": 0.06, "state-timeline": 0.1, "bargauge": 0.16}.get(panel["type"], 0.008)
+    beside = panel["type"] == "timeseries" and panel["options"]["legend"]["placement"] == "right"
+    if beside:
+        below -= 0.8
+    room = (width - margin - (0.13 if beside else 0.015), height * (1 - (below + 1.3) / cells))
     axes: Axes = figure.add_axes((left + margin, bottom + height * below / cells, *room))
     return axes
 
@@ -176,7 +179,7 @@ def _stat(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]], sou
 
 
 def _timeseries(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]], source: Prometheus) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
     lines = [
         (_legend(form, labels), times, values) for form, query in found for labels, times, values in source.lines(query)
@@ -187,23 +190,46 @@ def _timeseries(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]
         _stack(axes, lines)
     else:
         for number, (name, times, values) in enumerate(lines):
-            axes.plot(times, values, color=COLOURS[number % len(COLOURS)], linewidth=1.6, label=name)
-    axes.set_xlim(source.begin, source.end)
-    axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max"))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: _clock(at)))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+            style = "-" if number < len(COLOURS) else "--"
+            axes.plot(times, values, style, color=COLOURS[number % len(COLOURS)], linewidth=1.6, label=name)
+    highest = axes.get_ylim()[1] if any(any(values) for _, _, values in lines) else 1.0
+    axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max", highest))
+    binary = defaults["unit"] in ("bytes", "Bps")
+    axes.yaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2(highest / 5))) if binary else MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _text(value, panel)))
+    _time_axis(axes, source)
+    if lines:
+        beside = panel["options"]["legend"]["placement"] == "right"
+        place = {"bbox_to_anchor": (1.01, 1.04)} if beside else {"bbox_to_anchor": (-0.02, -0.12), "ncols": 6}
+        axes.legend(loc="upper left", frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.4,
+                    labelspacing=0.3, **place)  # fmt: skip
+    else:
+        axes.text(0.5, 0.5, "no data", size=13, color="0.6", ha="center", va="center", transform=axes.transAxes)
+
+
+def _state_timeline(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]], source: Prometheus) -> None:
+    """A row for every series, with a bar while it is not zero."""
+    lines = [(_legend(form, labels), times, values) for form, query in found
+             for labels, times, values in source.lines(query)]  # fmt: skip
+    lines.sort(key=lambda line: next((at for at, value in zip(*line[1:], strict=True) if value), math.inf))
+    for row, (_, times, values) in enumerate(lines):
+        bars = [(at, later - at) for at, later, value in zip(times, times[1:], values, strict=False) if value > 0]
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=COLOURS[0], alpha=0.8)
+    axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    _time_axis(axes, source)
+
+
+def _time_axis(axes: "Axes", source: Prometheus) -> None:
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
+
+    axes.set_xlim(source.begin, source.end)
+    axes.xaxis.set_major_locator(MultipleLocator(_tick(source.end - source.begin)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: _clock(at)))
     axes.tick_params(labelsize=9, color="0.6")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if lines:
-        columns = min(len(lines), 6)
-        axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12), ncols=columns, frameon=False, fontsize=9,
-                    handlelength=1.2, columnspacing=1.4)  # fmt: skip
-    else:
-        axes.text(0.5, 0.5, "no data", size=13, color="0.6", ha="center", va="center", transform=axes.transAxes)
 
 
 def _stack(axes: "Axes", lines: list[tuple[str, list[float], list[float]]]) -> None:
@@ -213,8 +239,10 @@ def _stack(axes: "Axes", lines: list[tuple[str, list[float], list[float]]]) -> N
     for _, ats, values in lines:
         known = dict(zip(ats, values, strict=True))
         heights.append([0.0 if math.isnan(value := known.get(at, math.nan)) else value for at in times])
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(lines))]
-    axes.stackplot(times, heights, colors=colours, labels=[name for name, _, _ in lines], alpha=0.75)
+    areas = axes.stackplot(times, heights, labels=[name for name, _, _ in lines])
+    for number, area in enumerate(areas):
+        area.set_facecolor(COLOURS[number % len(COLOURS)])
+        area.set_alpha(0.8 if number < len(COLOURS) else 0.4)
 
 
 def _bargauge(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]], source: Prometheus) -> None:
@@ -245,16 +273,23 @@ def _table(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]], so
     if not columns:
         axes.text(0.5, 0.5, "no data", size=13, color="0.6", ha="center", va="center")
         return
-    widths = [max(len(name), *(len(_short(row.get(name, ""), 44)) for row in rows)) + 2 for name in columns]
+    cells = {name: [name, *(_short(row.get(name, ""), 36) for row in rows)] for name in columns}
+    widths = [max(map(len, column)) + 2 for column in cells.values()]
     lefts = [sum(widths[:number]) / sum(widths) for number in range(len(columns))]
     places = max(len(rows) + 1, 4)
-    for left, name in zip(lefts, columns, strict=True):
-        axes.text(left, 1 - 0.5 / places, name, size=9, weight="bold", color="0.35", va="center")
-        for number, row in enumerate(rows):
-            axes.text(left, 1 - (number + 1.5) / places, _short(row.get(name, ""), 44), size=9, va="center")
+    for left, column in zip(lefts, cells.values(), strict=True):
+        for number, text in enumerate(column):
+            look: dict[str, Any] = {"weight": "bold", "color": "0.35"} if number == 0 else {}
+            axes.text(left, 1 - (number + 0.5) / places, text, size=9, va="center", **look)
 
 
-KINDS = {"stat": _stat, "timeseries": _timeseries, "bargauge": _bargauge, "table": _table}
+KINDS = {
+    "stat": _stat,
+    "timeseries": _timeseries,
+    "state-timeline": _state_timeline,
+    "bargauge": _bargauge,
+    "table": _table,
+}
 
 
 def _legend(form: str, labels: Labels) -> str:
@@ -262,8 +297,13 @@ def _legend(form: str, labels: Labels) -> str:
 
 
 def _short(text: str, length: int) -> str:
-    """Its end, which tells paths apart."""
-    return text if len(text) <= length else "…" + text[1 - length :]
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _tick(seconds: float) -> int:
+    """A round distance of some seven ticks."""
+    rounds = (5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400)
+    return next((step for step in rounds if seconds / step <= 8), rounds[-1])
 
 
 def _clock(at: float) -> str:
@@ -294,6 +334,8 @@ def _text(value: float, panel: dict[str, Any]) -> str:
         suffix = ""
     else:
         suffix = " " + unit.removeprefix("suffix:").strip()
+    if decimals is None and abs(value) >= 1000:
+        decimals = 0
     return (f"{value:.3g}" if decimals is None else f"{value:,.{decimals}f}") + suffix
 
 
