@@ -195,7 +195,7 @@ def _timeseries(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]
     highest = axes.get_ylim()[1] if any(any(values) for _, _, values in lines) else 1.0
     axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max", highest))
     binary = defaults["unit"] in ("bytes", "Bps")
-    axes.yaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2(highest / 5))) if binary else MaxNLocator(5))
+    axes.yaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2(highest / 8))) if binary else MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _text(value, panel)))
     _time_axis(axes, source)
     if lines:
@@ -234,11 +234,9 @@ def _time_axis(axes: "Axes", source: Prometheus) -> None:
 
 def _stack(axes: "Axes", lines: list[tuple[str, list[float], list[float]]]) -> None:
     """One on the other; a series that is not there counts as nothing."""
-    times = sorted({at for _, ats, _ in lines for at in ats})
-    heights = []
-    for _, ats, values in lines:
-        known = dict(zip(ats, values, strict=True))
-        heights.append([0.0 if math.isnan(value := known.get(at, math.nan)) else value for at in times])
+    series = [{at: value for at, value in zip(ats, values, strict=True) if value == value} for _, ats, values in lines]
+    times = sorted(set().union(*series))
+    heights = [[known.get(at, 0.0) for at in times] for known in series]
     areas = axes.stackplot(times, heights, labels=[name for name, _, _ in lines])
     for number, area in enumerate(areas):
         area.set_facecolor(COLOURS[number % len(COLOURS)])
