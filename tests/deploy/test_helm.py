@@ -620,34 +620,16 @@ def served_by(line: list[str]) -> Any:
 
     from vllm_requant.cli import app
     from vllm_requant.cli.serve import server_arguments
+    from vllm_requant.serving.server import parse
 
     assert line[:2] == ["requant", "serve"]
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     context = command.make_context("serve", line[2:])
     given = server_arguments(context.params["model"], context.args, activation_bits=context.params["activation_bits"])
     [module] = [i for i, argument in enumerate(given) if argument == "-m"]
-    return vllm_arguments(given[module + 2 :])
-
-
-@cache
-def _vllm_parser() -> Any:
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    script = FlexibleArgumentParser()
-    ServeSubcommand().subparser_init(script.add_subparsers(dest="subparser"))
-    return make_arg_parser(FlexibleArgumentParser()), script
-
-
-def vllm_arguments(line: list[str], *, script: bool = False) -> Any:
-    """Parsed by vLLM's server module, or by its script ``vllm``."""
-    parser = _vllm_parser()[script]
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-
-    arguments = parser.parse_args(line)
-    validate_parsed_serve_args(arguments)
+    vllm, arguments = parse(given[module + 2 :])
+    vllm.validate(arguments)
     return arguments
 
 
@@ -658,7 +640,7 @@ def test_requant_serve_accepts_the_servers_arguments(name: str) -> None:
     values = merged(yaml.safe_load((CHART / "values.yaml").read_text()), values_of(name))
     arguments = served_by(expanded(container_of(objects(name), "server")))
     server = values["server"]
-    assert arguments.model == f"/models/{values['checkpoint']['name']}"
+    assert arguments.model_tag == f"/models/{values['checkpoint']['name']}"
     assert arguments.served_model_name == [server["servedModelName"] or values["checkpoint"]["name"]]
     assert arguments.port == container_of(objects(name), "server")["ports"][0]["containerPort"]
     assert arguments.shutdown_timeout == values["shutdown"]["drainSeconds"]
@@ -673,12 +655,10 @@ def test_requant_serve_accepts_the_servers_arguments(name: str) -> None:
 def test_native_ranks_agree_and_workers_have_no_frontend() -> None:
     documents = objects("multi-node-native")
     leader = served_by(expanded(container_of(documents, "server"), 0))
-    line = expanded(container_of(documents, "worker"), 1)
-    assert line[0] == "vllm"
-    worker = vllm_arguments(line[1:], script=True)
+    worker = served_by(expanded(container_of(documents, "worker"), 1))
     assert (leader.node_rank, worker.node_rank) == (0, 1) and worker.headless and not leader.headless
-    assert worker.model_tag == leader.model
-    own = {"node_rank", "headless", "model", "model_tag", "subparser", "host", "port", "shutdown_timeout"}
+    assert worker.model_tag == leader.model_tag
+    own = {"node_rank", "headless", "host", "port", "shutdown_timeout"}
     own |= {"disable_access_log_for_endpoints", "disable_fastapi_docs"}
     shared = (vars(leader).keys() & vars(worker).keys()) - own
     assert {"nnodes", "master_addr", "master_port", "tensor_parallel_size", "quantization"} <= shared

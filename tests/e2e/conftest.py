@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from vllm_requant.bench.servers import REQUANT, free_port, server_command, start_server, stop, wait_until_healthy
+from vllm_requant.bench.servers import REQUANT, free_port, start_server, stop, wait_until_healthy
 from vllm_requant.bench.soak import own_anonymous_bytes
 from vllm_requant.offline.models import CausalLM, load_causal_lm
 from vllm_requant.offline.pipeline import Conversion
@@ -106,7 +107,8 @@ def get(url: str) -> str:
 def serve(folder: Path, log: Path, *flags: str, plugin: bool = True, **environment: str) -> Iterator[Server]:
     """vLLM's own server on ``folder``; without ``plugin`` nothing of ours is on its command line."""
     port = free_port()
-    command = [*REQUANT, "serve", str(folder)] if plugin else server_command(str(folder), [])
+    stock = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    command = [*([*REQUANT, "serve"] if plugin else stock), str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
     command += ["--max-model-len", "512", "--enforce-eager", *flags]
     process = start_server(command, log, **environment)

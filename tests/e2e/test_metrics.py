@@ -282,5 +282,6 @@ def test_a_real_server_behind_the_gateway(server: Server, tmp_path: Path) -> Non
 
 def test_two_api_servers(checkpoint: Path, tmp_path: Path) -> None:
     with serve(checkpoint, tmp_path / "two.log", *SHORT, "--api-server-count", "2") as running:
+        assert running.log.read_text().count("Application startup complete") == 2
         for _ in range(8):  # whichever of them answers
             check(samples(running), checkpoint)

@@ -313,8 +313,8 @@ def test_key_is_asked_for(server: Server, client: openai.OpenAI, root: openai.Op
 def test_requant_serve_becomes_vllms_server(server: Server, converted: Converted) -> None:
     """The process that was started as ours runs vLLM's command line, with what was asked for and nothing else."""
     running = Path(f"/proc/{server.pid}/cmdline").read_text().rstrip("\0").split("\0")
-    assert running[:5] == server_command(str(converted.folder), [])
-    assert set(running[5:]) == {
+    assert running[:4] == server_command(str(converted.folder), [])
+    assert set(running[4:]) == {
         *("--host", "127.0.0.1", "--port", str(server.client.base_url.port), "--served-model-name", "m"),
         *("--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager", *FLAGS),
     }

@@ -3,6 +3,7 @@
 Tiny random models in vLLM's offline engine, in as few processes as keep the features apart.
 """
 
+import functools
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.e2e.conftest import serve
+from tests.e2e.conftest import Server, serve
 from tests.serving.engine import greedy_tokens, job, vllm_runs
 from vllm_requant import hf
+from vllm_requant.bench.servers import REQUANT, free_port, start_server, stop
 from vllm_requant.format.reader import Checkpoint
 from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import Recipe
@@ -243,6 +245,33 @@ def test_compiled_and_in_two_pipeline_stages(folders: dict[str, Path], tmp_path:
     assert len(list((tmp_path / "torch_compile_cache").rglob("rank_*/model"))) == 3
 
 
+def ask(server: Server, prompt: list[int]) -> list[int]:
+    """Tokens of a server's answer."""
+    done: Any = server.client.completions.create(
+        model="m",
+        prompt=prompt,
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    found: list[int] = done.choices[0].token_ids
+    return found
+
+
+def test_two_nodes(folders: dict[str, Path], dense: Any, tmp_path: Path) -> None:
+    """Started as on two machines, one rank each: vLLM's own way, without Ray."""
+    folder = folders["uniform"]
+    shared = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    shared += ["--tensor-parallel-size", "2", "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    second = [*REQUANT, "serve", str(folder), "--headless", "--node-rank", "1", *shared]
+    worker = start_server(second, tmp_path / "second.log", VLLM_CPU_OMP_THREADS_BIND="1")
+    try:
+        with serve(folder, tmp_path / "first.log", *shared, VLLM_CPU_OMP_THREADS_BIND="0") as server:
+            assert [ask(server, prompt) for prompt in PROMPTS] == expected(dense)
+    finally:
+        stop(worker)
+
+
 @pytest.fixture(scope="module")
 def two_engines(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -251,20 +280,8 @@ def two_engines(
     log = tmp_path_factory.mktemp("log") / "engines.log"
     flags = ("--dtype", "float32", "--max-model-len", "128", "--data-parallel-size", "2")
     with serve(folders["uniform"], log, *flags, VLLM_CPU_OMP_THREADS_BIND="0|1") as server:
-
-        def ask(prompt: list[int]) -> list[int]:
-            done: Any = server.client.completions.create(
-                model="m",
-                prompt=prompt,
-                max_tokens=NEW_TOKENS,
-                temperature=0,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )
-            found: list[int] = done.choices[0].token_ids
-            return found
-
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(ask, PROMPTS * 4))
+            answers = list(pool.map(functools.partial(ask, server), PROMPTS * 4))
         text = server.metrics()
     metrics: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(text):

