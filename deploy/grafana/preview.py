@@ -103,7 +103,8 @@ class Prometheus:
                     values.append(math.nan)
                 times.append(at)
                 values.append(float(value))
-            found.append((series["metric"], times, values))
+            if times:
+                found.append((series["metric"], times, values))
         return found
 
     def _ask(self, what: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:

@@ -172,7 +172,7 @@ def compose(*files: str) -> dict[str, Any]:
     for line in (COMPOSE / ".env.example").read_text().splitlines():
         if line and not line.startswith("#"):
             name, _, value = line.partition("=")
-            settings[name] = value or settings[name]
+            settings[name] = value or settings.get(name, "")
 
     def value(match: re.Match[str]) -> str:
         name, operator, rest = match.groups()
@@ -196,7 +196,7 @@ def test_compose_files_follow_the_specification() -> None:
 @pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")], ids=["cpu", "gpu"])
 def test_services_are_closed(files: tuple[str, ...]) -> None:
     services = compose(*files)
-    assert set(services) == {"convert", "server", "gateway", "node-exporter", "prometheus", "grafana"}
+    assert set(services) == {"convert", "server", "server-next", "gateway", "node-exporter", "prometheus", "grafana"}
     for name, service in services.items():
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), name
@@ -217,6 +217,14 @@ def test_services_are_closed(files: tuple[str, ...]) -> None:
     assert (server["build"]["context"], "gpu" in files[-1]) == ("../..", "cuda" in server["build"]["dockerfile"])
     assert (COMPOSE / "../.." / server["build"]["dockerfile"]).is_file()
     assert ("deploy" in server) == ("gpu" in files[-1])
+    following = services["server-next"]
+    assert following["profiles"] == ["upgrade"]
+    alike = [{key: value for key, value in one.items() if key not in ("command", "ports", "profiles")}
+             for one in (server, following)]  # fmt: skip
+    assert alike[0] == alike[1]
+    commands = [re.sub(r"serve /models/\S*", "", one["command"]).split() for one in (server, following)]
+    assert commands[0] == commands[1]
+    assert following["ports"] == []
 
 
 def test_the_conversion_of_compose_is_a_command_that_exists(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
@@ -156,6 +157,27 @@ def test_streams_come_piece_by_piece(gateway: str) -> None:
     assert len(arrivals) == PIECES
     assert arrivals[0] < PAUSE < arrivals[1]
     assert all(later - earlier > PAUSE / 2 for earlier, later in pairwise(arrivals))
+
+
+def test_servers_are_exchanged_without_a_gap(upstream: Upstream, tmp_path: Path) -> None:
+    """An upgrade: the other server is named, nginx told to look. Streams end where they began, all else goes over."""
+    with Upstream() as following, nginx(tmp_path, f"127.0.0.1:{upstream.server_address[1]}") as address:
+        threading.Thread(target=following.serve_forever, daemon=True).start()
+        stream = http.client.HTTPConnection(urlparse(address).netloc, timeout=20)
+        stream.request("POST", "/v1/completions", b"{}")
+        begun = stream.getresponse()
+        assert begun.readline() == b"n0\n"
+        config = tmp_path / "nginx"
+        port = following.server_address[1]
+        (config / "upstream.conf").write_text(f"upstream requant {{ server 127.0.0.1:{port}; }}\n")
+        run(program("nginx"), "-c", config / "nginx.conf", "-s", "reload")
+        deadline = time.monotonic() + 10
+        while not following.asked and time.monotonic() < deadline:
+            assert ask(address, "POST", "/v1/chat/completions", b"{}") == 200
+        assert following.asked
+        assert begun.read() == b"n1\nn2\n"
+        stream.close()
+        following.shutdown()
 
 
 def test_large_bodies_are_refused(gateway: str, upstream: Upstream) -> None:
