@@ -227,6 +227,42 @@ def test_services_are_closed(files: tuple[str, ...]) -> None:
     assert following["ports"] == []
 
 
+@pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")], ids=["cpu", "gpu"])
+def test_a_compose_program_reads_the_same(files: tuple[str, ...], tmp_path: Path) -> None:
+    """Debian's, which needs no engine for it; it is older than ``name``, which the copy leaves out."""
+    yaml = pytest.importorskip("yaml")
+    program("docker-compose")
+    shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("helm", ".env"))
+    folder = tmp_path / "deploy" / "compose"
+    main = folder / "compose.yaml"
+    main.write_text(re.sub(r"(?m)^name: .*\n", "", main.read_text()))
+    secrets = {"VLLM_API_KEY": "secret", "GRAFANA_PASSWORD": "secret"}
+    command = [program("docker-compose"), "--env-file", ".env.example"]
+    command += [word for profile in ("convert", "upgrade", "gateway") for word in ("--profile", profile)]
+    command += [word for file in files for word in ("-f", file)]
+    read = yaml.safe_load(run(*command, "config", cwd=folder, **secrets))["services"]
+    ours = compose(*files)
+    assert read.keys() == ours.keys()
+    for name, service in read.items():
+        assert service["image"] == ours[name]["image"]
+        assert service.get("read_only") == ours[name].get("read_only")
+        words = [one.get("command", []) for one in (service, ours[name])]
+        assert len({" ".join(shlex.split(one) if isinstance(one, str) else one) for one in words}) == 1
+        variables = [one.get("environment", {}) for one in (service, ours[name])]
+        assert len({tuple(sorted((key, str(value)) for key, value in one.items())) for one in variables}) == 1
+    without = subprocess.run([*command, "config"], cwd=folder, capture_output=True, text=True)
+    assert without.returncode != 0, "secrets are asked for"
+    assert "see .env.example" in without.stderr
+
+
+def test_the_gateway_of_compose_is_configured(tmp_path: Path) -> None:
+    """With this machine in the place of the service's name, which only compose knows."""
+    for file in ("nginx.conf", "../compose/nginx/upstream.conf", "../compose/nginx/listen.conf"):
+        text = (DEPLOY / "nginx" / file).read_text().replace("server server:8000", "server 127.0.0.1:8000")
+        (tmp_path / Path(file).name).write_text(text.replace("/tmp/", f"{tmp_path}/"))
+    assert "syntax is ok" in run(program("nginx"), "-t", "-c", tmp_path / "nginx.conf")
+
+
 def test_the_conversion_of_compose_is_a_command_that_exists(tmp_path: Path) -> None:
     """On a folder that is no model: flags are parsed and metrics files looked at before it is found out."""
     words = shlex.split(compose("compose.yaml")["convert"]["command"])
