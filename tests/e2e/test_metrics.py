@@ -285,3 +285,12 @@ def test_two_api_servers(checkpoint: Path, tmp_path: Path) -> None:
         assert running.log.read_text().count("Application startup complete") == 2
         for _ in range(8):  # whichever of them answers
             check(samples(running), checkpoint)
+        # what rules ask a server for is there too; of processes nothing is, so that restarts are counted by loads
+        _complete(running)
+        text = running.metrics()
+        selectors = [selector for rule in tools.rules() for selector in tools.selectors(rule["expr"])]
+        names = {re.sub(r"\{.*", "", selector) for selector in selectors}
+        asked = {name for name in names if re.match(r"vllm:|requant_(?!convert)|http_", name)}
+        assert len(asked) > 10
+        assert not {name for name in asked if not re.search(rf"(?m)^{name}\b", text)}
+        assert "process_start_time_seconds" not in text
