@@ -250,7 +250,7 @@ def _bargauge(axes: "Axes", panel: dict[str, Any], found: list[tuple[str, str]],
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.barh(range(len(series)), [value for _, value in series], 0.7, color=COLOURS[0], alpha=0.8)
-    axes.set_yticks(range(len(series)), [_short(name, 30) for name, _ in series], fontsize=9)
+    axes.set_yticks(range(len(series)), [_short(name, 34) for name, _ in series], fontsize=9)
     axes.tick_params(length=0)
     axes.set_ylim(max(len(series), 3) - 0.4, -0.6)
     largest = max((abs(value) for _, value in series), default=1.0) or 1.0
