@@ -168,8 +168,12 @@ def test_prometheus_scrapes_and_answers(server: Server, checkpoint: Path, monito
     assert float(series["value"][1]) == pytest.approx(describe(checkpoint)["bits_per_weight"])
     ratio = monitored.query("sum(requant_runtime_weight_bytes) / sum(requant_checkpoint_weight_bytes)")
     assert len(ratio) == 1
-    up = {target["metric"]["job"]: target["value"][1] for target in monitored.query("up")}
-    assert up == {"vllm-requant": "1", "requant-convert": "1"}
+
+    def up() -> dict[str, str]:
+        return {target["metric"]["job"]: target["value"][1] for target in monitored.query("up")}
+
+    # the two targets are looked up, and scraped for the first time, one after the other
+    assert _wait(lambda: up() == {"vllm-requant": "1", "requant-convert": "1"}, 30), up()
 
 
 def test_whatever_rules_and_dashboards_name_is_there(server: Server, monitored: tools.Prometheus) -> None:
@@ -282,7 +286,8 @@ def test_a_real_server_behind_the_gateway(server: Server, tmp_path: Path) -> Non
 
 def test_two_api_servers(checkpoint: Path, tmp_path: Path) -> None:
     with serve(checkpoint, tmp_path / "two.log", *SHORT, "--api-server-count", "2") as running:
-        assert running.log.read_text().count("Application startup complete") == 2
+        # either of them is healthy before the other has to be
+        assert _wait(lambda: running.log.read_text().count("Application startup complete") == 2, 60)
         for _ in range(8):  # whichever of them answers
             check(samples(running), checkpoint)
         # what rules ask a server for is there too; of processes nothing is, so that restarts are counted by loads
