@@ -172,9 +172,9 @@ def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: 
 def _by_block(table: Mapping[str, Any]) -> Figure:
     return _expansion(
         "delta-f-by-block",
-        "What estimates at the original weights miss",
+        "ΔF by block, estimated at the original weights and measured",
         "ΔF when one block is quantized: the first- and second-order terms of the expansion at the original weights, "
-        "absolute values, and what is really measured.",
+        "their sum, and what is really measured; absolute values.",
         table,
         xlabel="block",
     )
@@ -184,7 +184,7 @@ def _by_step(table: Mapping[str, Any]) -> Figure:
     return _expansion(
         "delta-f-by-step",
         "How far the expansion reaches",
-        "The same for a part λ of the way to the quantized weights: where the terms and the measured ΔF part, the "
+        "The same for a part λ of the way to the quantized weights: where the sum and the measured ΔF part, the "
         "expansion ends to be of use.",
         table,
         xlabel="λ",
@@ -194,14 +194,20 @@ def _by_step(table: Mapping[str, Any]) -> Figure:
 
 def _expansion(name: str, title: str, caption: str, table: Mapping[str, Any], **axis: Any) -> Figure:
     rows = [row for row in table["rows"] if row[0] != "all"]
-    lines = (("first order", "s:"), ("second order", "^:"), ("actual", "o-"))
 
     def draw(canvas: "Canvas") -> None:
         axes = panel(canvas, ylabel="|ΔF|, nats a token", yscale="log", **axis)
-        for at, (label, style) in enumerate(lines, start=1):
-            values = [abs(row[at]) for row in rows]
-            axes.plot([row[0] for row in rows], values, style, color=COLOURS[at - 1], label=label, markersize=4)
-        axes.legend()
+        x, first, second, actual = zip(*rows, strict=True)
+        both = [one + two for one, two in zip(first, second, strict=True)]
+        lines = {
+            "first order": (first, "s:"),
+            "second order": (second, "^:"),
+            "sum": (both, "x"),
+            "actual": (actual, "o-"),
+        }
+        for colour, (label, (values, style)) in zip(COLOURS, lines.items(), strict=False):
+            axes.plot(x, [abs(value) for value in values], style, color=colour, label=label, markersize=4)
+        axes.legend(ncols=2)
 
     return Figure(name, title, caption, table["columns"], table["rows"], draw)
 
