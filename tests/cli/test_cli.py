@@ -224,7 +224,7 @@ def test_serve_hands_everything_to_vllm(checkpoint: Path) -> None:
     command = server_arguments(str(checkpoint), ["--port", "9", "--enforce-eager"])
     assert command[0] == sys.executable
     assert command[-3:] == ["--port", "9", "--enforce-eager"]
-    assert command[command.index("--model") + 1] == str(checkpoint)
+    assert command[1:4] == ["-m", "vllm_requant.serving.server", str(checkpoint)]
     short = server_arguments(str(checkpoint), ["--port", "9"], activation_bits="8")
     assert short[-4:] == ["--additional-config.requant.activation_bits", "8", "--port", "9"]
     assert "--activation-bits" in requant("serve", checkpoint, "--activation-bits", "9", status=2).stderr
