@@ -19,6 +19,7 @@ __all__ = [
     "kept",
     "metric_words",
     "model_card",
+    "with_errors",
 ]
 
 log = logging.getLogger(__name__)
@@ -137,12 +138,16 @@ def _recipe(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
     """Data, metric, value with its standard error where that is known, and conditions, of recorded evaluations."""
     for entry in evaluations:
-        scores = entry["scores"]
-        for metric, value in scores.items():
-            if not metric.endswith(STDERR):
-                error = scores.get(metric + STDERR)
-                shown = f"{value:.5g}" + ("" if error is None else f" ± {error:.2g}")
-                yield entry["dataset"], metric_words(metric), shown, conditions_text(entry["conditions"])
+        for metric, value, error in with_errors(entry["scores"]):
+            shown = f"{value:.5g}" + ("" if error is None else f" ± {error:.2g}")
+            yield entry["dataset"], metric_words(metric), shown, conditions_text(entry["conditions"])
+
+
+def with_errors(scores: Mapping[str, float]) -> Iterator[tuple[str, float, float | None]]:
+    """Metric, value, and its standard error where that is known."""
+    for metric, value in scores.items():
+        if not metric.endswith(STDERR):
+            yield metric, value, scores.get(metric + STDERR)
 
 
 def metric_words(name: str) -> str:
@@ -163,18 +168,17 @@ def _told(conditions: Mapping[str, Any]) -> dict[str, Any]:
 
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[EvalResult]:
     for entry in evaluations:
-        for metric, value in entry["scores"].items():
-            if not metric.endswith(STDERR):
-                yield EvalResult(
-                    task_type="text-generation",
-                    dataset_type=entry["dataset"],
-                    dataset_name=entry["dataset"],
-                    metric_type=metric.partition(",")[0],
-                    metric_name=metric_words(metric),
-                    metric_value=value,
-                    # of two results of one data set nothing else says what they differ in
-                    metric_args=_told(entry["conditions"]),
-                )
+        for metric, value, _ in with_errors(entry["scores"]):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=entry["dataset"],
+                dataset_name=entry["dataset"],
+                metric_type=metric.partition(",")[0],
+                metric_name=metric_words(metric),
+                metric_value=value,
+                # of two results of one data set nothing else says what they differ in
+                metric_args=_told(entry["conditions"]),
+            )
 
 
 def _table(head: Sequence[str], rows: Any) -> str:

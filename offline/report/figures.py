@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..card import STDERR, conditions_text, metric_words
+from ..card import conditions_text, metric_words, with_errors
 from .drawing import COLOURS, INK, MUTED, panel
 from .evidence import Conversion, Evidence, place
 
@@ -69,11 +69,9 @@ def _evaluations(conversions: Sequence[Conversion]) -> Iterator[Figure]:
     found: dict[tuple[str, str, str], list[tuple[str, float, float | None]]] = defaultdict(list)
     for conversion in conversions:
         for entry in conversion.report.get("evaluations") or []:
-            conditions, scores = json.dumps(entry["conditions"], sort_keys=True), entry["scores"]
-            for metric, value in scores.items():
-                if not metric.endswith(STDERR):
-                    row = conversion.name, value, scores.get(metric + STDERR)
-                    found[entry["dataset"], metric, conditions].append(row)
+            conditions = json.dumps(entry["conditions"], sort_keys=True)
+            for metric, value, error in with_errors(entry["scores"]):
+                found[entry["dataset"], metric, conditions].append((conversion.name, value, error))
     for number, ((dataset, metric, conditions), rows) in enumerate(found.items(), start=1):
         yield _evaluation(f"evaluation-{number}", dataset, metric, json.loads(conditions), rows)
 
