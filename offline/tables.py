@@ -270,7 +270,8 @@ def speed_table(file: Path, source: str) -> Table:
     """Table 9, from what ``requant bench --json`` has printed.
 
     Args:
-        file: of that; contenders that are named as in ``offline/recipes`` stand beside the paper's.
+        file: of that; a checkpoint whose folder, and contenders whose names are as runs of ``offline/recipes`` are
+            called stand beside the paper's.
         source: of the model.
 
     Raises:
@@ -281,11 +282,11 @@ def speed_table(file: Path, source: str) -> Table:
         load = measured["load"]
         rows = [
             (
-                row["name"],
+                row["name"] if number else measured["checkpoint"],
                 1000 * load["prompt_tokens"] / row["median"]["prefill"],
                 1000 * load["new_tokens"] / row["median"]["decode"],
             )
-            for row in measured["results"]
+            for number, row in enumerate(measured["results"])
             if "median" in row
         ]
     except (KeyError, TypeError) as error:

@@ -102,12 +102,18 @@ def test_tables_of_a_sweep(tmp_path: Path) -> None:
 def test_times_of_servers_stand_beside_the_paper_s(tmp_path: Path) -> None:
     measured = tmp_path / "bench.json"
     rates = {"prefill": 2000.0, "decode": 50.0, "batch": 400.0}
-    results = [{"name": "awq-4-requant", "median": rates}, {"name": "gone", "error": "no file"}]
-    measured.write_text(json.dumps({"load": {"prompt_tokens": 500, "new_tokens": 100}, "results": results}))
+    results = [
+        {"name": "ReQuant", "median": rates | {"decode": 40.0}},
+        {"name": "awq-4-requant", "median": rates},
+        {"name": "gone", "error": "no file"},
+    ]
+    load = {"prompt_tokens": 500, "new_tokens": 100}
+    measured.write_text(json.dumps({"checkpoint": "awq-4", "load": load, "results": results}))
     arguments = ["tables", "Llama-3.2-1B", "--only", "", "--speed", str(measured), "-o", str(tmp_path)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "500 tokens of a prompt, 100 decoded" in done.stdout
+    assert "| awq-4 | 250 | 2500 | 13 | 23768 |" in done.stdout
     assert "| awq-4-requant | 250 | 2000 | 18 | 35204 |" in done.stdout
     assert "| squeezellm-3 |  |  | 85 | 33657 |" in done.stdout, "what only the paper has"
     assert "gone" not in done.stdout

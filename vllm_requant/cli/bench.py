@@ -80,6 +80,7 @@ def command(
                     contenders.append(Vllm(name, model, server_log, threads=threads, flags=context.args, **limits))
             results = compare(contenders, load, rounds) + left_out
         if as_json:
-            print_json({"threads": threads, "load": vars(load), "vllm_arguments": context.args, "results": results})
+            settings = {"checkpoint": checkpoint.resolve().name, "threads": threads, "load": vars(load)}
+            print_json(settings | {"vllm_arguments": context.args, "results": results})
         else:
             typer.echo(table(results))

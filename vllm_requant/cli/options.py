@@ -1,15 +1,25 @@
 """Options that several commands have."""
 
+import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "EvaluationTexts", "LowMemory", "evaluation_texts", "find_device", "named_models"]
+__all__ = [
+    "Changes",
+    "Device",
+    "EvaluationTexts",
+    "LowMemory",
+    "changed_choices",
+    "evaluation_texts",
+    "find_device",
+    "named_models",
+]
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU if there is one.")]
 LowMemory = Annotated[
@@ -25,6 +35,31 @@ EvaluationTexts = Annotated[
         "the default); NAME is what results call it; may be given more than once.",
     ),
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="CHOICE=VALUE", help="Takes the place of a choice in all runs; may be repeated."),
+]
+
+
+def changed_choices(items: list[str] | None) -> dict[str, Any]:
+    """Choices by name, from every ``--set``; which of them a recipe has is not looked at.
+
+    Raises:
+        BadParameter: one is not of that form.
+    """
+    return dict(map(_choice, items or []))
+
+
+def _choice(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    try:
+        if not separator:
+            raise ValueError
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except ValueError:
+        raise typer.BadParameter(
+            f'--set {text}: write CHOICE=VALUE, the value as in TOML: bits=3, base="awq"'
+        ) from None
 
 
 def find_device(name: str) -> "torch.device":

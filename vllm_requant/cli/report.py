@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .inspect import describe, facts
-from .options import Device, EvaluationTexts, evaluation_texts, find_device
+from .options import Changes, Device, EvaluationTexts, changed_choices, evaluation_texts, find_device
 from .output import command_errors, incident_lines, prepare_results, set_up_logging
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def command(
         typer.Option(exists=True, help="How MODEL is converted, as for sweep [every base at 2, 3, 4 bits, controls]."),
     ] = None,
     only: Annotated[str, typer.Option(metavar="GLOB", help="Of these, the runs whose name fits.")] = "*",
+    changed: Changes = None,
     calibration_dataset: Annotated[str, typer.Option(help="Calibration text of MODEL, as for convert.")] = "self",
     dataset: EvaluationTexts = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each held-out text.")] = 16384,
@@ -66,7 +67,7 @@ def command(
         for model in models:
             sweep = Sweep(
                 source=model,
-                runs=read_runs(runs or ALL_BASES),
+                runs=read_runs(runs or ALL_BASES, changed_choices(changed)),
                 calibration=calibration_dataset,
                 evaluation=evaluation_texts(dataset or [BUILTIN_DATASET]),
                 output=output / "results.jsonl",

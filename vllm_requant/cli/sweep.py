@@ -1,12 +1,11 @@
 """``requant sweep``: many conversions of one model, scored on held-out text."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import Device, EvaluationTexts, LowMemory, evaluation_texts, find_device
+from .options import Changes, Device, EvaluationTexts, LowMemory, changed_choices, evaluation_texts, find_device
 from .output import command_errors, print_json, set_up_logging
 
 __all__ = ["command"]
@@ -20,10 +19,7 @@ def command(
     dataset: EvaluationTexts = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in an evaluation window.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use at most that many tokens of each text.")] = None,
-    changed: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="CHOICE=VALUE", help="Takes the place of a choice in all runs; may be repeated."),
-    ] = None,
+    changed: Changes = None,
     only: Annotated[str, typer.Option(metavar="GLOB", help="Run only runs whose name fits.")] = "*",
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what runs have in common.")] = None,
     checkpoints: Annotated[
@@ -46,7 +42,7 @@ def command(
         resolve_source(model)
         sweep = Sweep(
             source=model,
-            runs=read_runs(runs, dict(map(_choice, changed or []))),
+            runs=read_runs(runs, changed_choices(changed)),
             calibration=calibration_dataset,
             evaluation=evaluation,
             output=output,
@@ -63,18 +59,6 @@ def command(
         results = sweep.results()
         if as_json:
             print_json({"results": [results[name] for name in sweep.runs if name in results]})
-
-
-def _choice(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    try:
-        if not separator:
-            raise ValueError
-        return name, tomllib.loads(f"value = {value}")["value"]
-    except ValueError:
-        raise typer.BadParameter(
-            f'--set {text}: write CHOICE=VALUE, the value as in TOML: bits=3, base="awq"'
-        ) from None
 
 
 def _show(row: dict[str, Any]) -> None:

@@ -218,14 +218,16 @@ def test_tables_of_another_kind_are_refused(tmp_path: Path) -> None:
 def test_a_model_is_converted_first(tmp_path: Path) -> None:
     source, out = tiny.save(tmp_path / "in"), tmp_path / "out"
     runs = tmp_path / "runs.toml"
-    shared = "[all]\nnum_samples = 4\nseq_len = 24\nnodes = 2\ntune_epochs = 0\n"
+    shared = "[all]\nnum_samples = 4\nseq_len = 99\nnodes = 2\ntune_epochs = 0\n"
     runs.write_text(shared + '[runs.rtn-4]\nbase = "rtn"\n[runs.awq-4]\nbase = "awq"\n')
     arguments = ["report", str(source), "--runs", str(runs), "--only", "rtn-*", "--max-tokens", "1024", "-o", str(out)]
+    arguments += ["--set", "seq_len=24"]
     for _ in range(2):  # the second time there is nothing left to convert
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, done.output
         assert {path.name for path in (out / "checkpoints").iterdir()} == {"rtn-4"}
-        assert len((out / "results.jsonl").read_text().splitlines()) == 1
+        (line,) = (out / "results.jsonl").read_text().splitlines()
+        assert json.loads(line)["recipe"]["seq_len"] == 24
     assert (out / "rtn-4" / "sizes.png").exists()
     assert (out / "pareto-kl-python-docs.png").exists()
     two = CliRunner().invoke(app, ["report", str(source), str(tmp_path), "-o", str(out)])
