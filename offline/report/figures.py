@@ -58,6 +58,7 @@ def result_figures(evidence: Evidence) -> Iterator[Figure]:
     for text in evidence.results[0]["scores"] if evidence.results else ():
         yield _pareto(evidence.results, text, "kl_divergence", "KL divergence from the original, nats a token")
         yield _pareto(evidence.results, text, "perplexity", "perplexity")
+    yield from _predictions(evidence.results)
     for number, figure in {1: _by_block, 2: _by_step, 3: _by_rule, 8: _ablation}.items():
         if number in evidence.tables:
             yield figure(evidence.tables[number])
@@ -164,6 +165,42 @@ def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: 
         rows,
         draw,
         (_WIDTH, 4.0),
+    )
+
+
+def _predictions(results: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+    """Every path integral of a sweep against the loss that was measured; nothing if there was none."""
+    rows = [
+        (row["name"], each["stage"], each["predicted"], each["actual"], each["predicted"] / each["actual"] - 1)
+        for row in results
+        for each in row.get("report", {}).get("integrals") or ()
+        if each["actual"] is not None and min(each["predicted"], each["actual"]) > 0
+    ]
+    if not rows:
+        return
+
+    def draw(canvas: "Canvas") -> None:
+        fit = panel(canvas, 1, 2, 1, xlabel="actual ΔF, nats", ylabel="predicted ΔF", xscale="log", yscale="log")
+        error = panel(canvas, 1, 2, 2, xlabel="actual ΔF, nats", ylabel="predicted over actual − 1, %", xscale="log")
+        for colour, base in zip(COLOURS, sorted({row[0].partition("-")[0] for row in rows}), strict=False):
+            own = [row for row in rows if row[0].partition("-")[0] == base]
+            actual = [row[3] for row in own]
+            fit.plot(actual, [row[2] for row in own], "D", color=colour, markersize=4, label=base)
+            error.plot(actual, [100 * row[4] for row in own], "D", color=colour, markersize=4)
+        ends = [min(row[3] for row in rows), max(row[3] for row in rows)]
+        fit.plot(ends, ends, color=MUTED, linestyle=":", linewidth=1, zorder=0)
+        error.axhline(0.0, color=MUTED, linestyle=":", linewidth=1)
+        fit.legend(loc="lower right")
+
+    yield Figure(
+        "delta-f-of-runs",
+        "Predicted and actual ΔF of all runs",
+        "What each path integral said that quantization would add to the calibration loss, and what it added. "
+        f"The largest error is {max(abs(row[4]) for row in rows):.1%}.",
+        ["run", "stage", "predicted", "actual", "relative error"],
+        rows,
+        draw,
+        (_WIDTH, 2.6),
     )
 
 

@@ -137,6 +137,22 @@ def test_numbers_are_those_of_the_conversion(checkpoint: Path) -> None:
     assert sum(row[1] for row in figures["sizes"].rows) < stored  # less the header
 
 
+def test_predictions_of_a_sweep_stand_against_what_was_measured() -> None:
+    def row(name: str, *integrals: tuple[float, float | None]) -> dict[str, Any]:
+        entries = [{"stage": f"round {at}", "predicted": p, "actual": a} for at, (p, a) in enumerate(integrals, 1)]
+        return {"name": name, "scores": {}, "report": {"integrals": entries}}
+
+    rows = [row("rtn-4-requant", (0.12, 0.1), (0.09, None)), row("qtip-2-requant", (2.0, 2.5)), row("awq-4")]
+    (figure,) = result_figures(Evidence(results=rows))
+    assert list(figure.rows) == [
+        ("rtn-4-requant", "round 1", 0.12, 0.1, pytest.approx(0.2)),
+        ("qtip-2-requant", "round 1", 2.0, 2.5, pytest.approx(-0.2)),
+    ]
+    assert "largest error is 20.0%" in figure.caption
+    assert write_svg(figure).count("<svg") == 1
+    assert not list(result_figures(Evidence(results=rows[2:])))
+
+
 def test_recorded_evaluations_stand_side_by_side_if_they_compare(tmp_path: Path, checkpoint: Path) -> None:
     folders = [Path(shutil.copytree(checkpoint, tmp_path / name)) for name in ("three", "four")]
     for number, folder in enumerate(folders):
