@@ -190,7 +190,7 @@ def _predictions(results: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
         ends = [min(row[3] for row in rows), max(row[3] for row in rows)]
         fit.plot(ends, ends, color=MUTED, linestyle=":", linewidth=1, zorder=0)
         error.axhline(0.0, color=MUTED, linestyle=":", linewidth=1)
-        fit.legend(loc="lower right")
+        canvas.legend(loc="outside upper center", ncols=len(COLOURS))
 
     yield Figure(
         "delta-f-of-runs",
