@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import TensorCache
 from .evaluate import EvaluationText, Windows, compare, evaluation_windows, predictions
@@ -174,21 +174,24 @@ class Sweep:
         if self.checkpoints is not None:
             # without a line in the results the run starts anew, and what it had written is replaced
             save(self.checkpoints / name, lm, recipe, calibration, conversion, overwrite=True)
-        for layer_name, layer in find_layers(lm.model).items():
-            layer.weight.data = conversion.layers[layer_name].weight().to(self.device)  # exact, in float32
+        blocks = [conversion.specs[layer] for layer in find_layers(lm.model)]
+        others = other_weights(lm.model, set(conversion.layers)).values()
+        for layer, quantized in conversion.layers.items():
+            # exact, in float32; a parameter of its own, since a head may be the embedding's too
+            weight = nn.Parameter(quantized.weight().to(self.device), requires_grad=False)
+            lm.model.get_submodule(layer).weight = weight
         scores = {}
         for text, (windows, original, conditions) in reference.items():
             measured = compare(windows, predictions(lm.model, windows), original)
             scores[text] = measured | {"conditions": conditions}
             log.info("%s: perplexity %.3f, KL %.4f", text, measured["perplexity"], measured["kl_divergence"])
-        bits = sum(8 * layer.spec.nbytes for layer in conversion.layers.values())
-        numel = sum(layer.spec.numel for layer in conversion.layers.values())
         report = {key: value for key, value in conversion.report.items() if key != "layers"}
-        others = other_weights(lm.model, set(conversion.layers)).values()
         return {
-            "bits_per_weight": bits / numel,
-            "nbytes": bits // 8 + sum(2 * tensor.numel() for tensor in others),
-            "nnz": sum(layer.spec.nnz for layer in conversion.layers.values()),
+            # without the head, as a target counts
+            "bits_per_weight": 8 * sum(spec.nbytes for spec in blocks) / sum(spec.numel for spec in blocks),
+            "nbytes": sum(spec.nbytes for spec in conversion.specs.values())
+            + sum(2 * tensor.numel() for tensor in others),
+            "nnz": sum(spec.nnz for spec in conversion.specs.values()),
             "seconds": round(seconds, 1),
             "scores": scores,
             "recipe": recipe.describe(),

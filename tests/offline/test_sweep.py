@@ -65,8 +65,10 @@ def test_runs_are_scored_and_kept(tmp_path: Path) -> None:
     assert [json.loads(line)["name"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == list(rows)
 
 
-def test_checkpoints_are_what_was_scored(tmp_path: Path) -> None:
-    sweep = replace(_sweep(tmp_path), checkpoints=tmp_path / "checkpoints")
+@pytest.mark.parametrize("head_bits", [16, 4])
+def test_checkpoints_are_what_was_scored(tmp_path: Path, head_bits: int) -> None:
+    text = RUNS.replace("[runs.gptq-4]", f"lm_head_bits = {head_bits}\n[runs.gptq-4]")
+    sweep = replace(_sweep(tmp_path, text), checkpoints=tmp_path / "checkpoints")
     row = next(sweep.run("gptq-4"))
     folder = tmp_path / "checkpoints" / "gptq-4"
     assert read_model_config(folder)[1].provenance["recipe"] == row["recipe"]
