@@ -4,7 +4,10 @@ All of them run the same code and come to the same results; sequences and layers
 files are written once, to folders that all can read.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +20,7 @@ from torch import Tensor
 __all__ = ["Ranks", "current_ranks", "started_ranks"]
 
 _TIMEOUT = timedelta(days=7)  # one may quantize for hours while the others have nothing to do
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 Value = TypeVar("Value")
 
 
@@ -91,6 +95,15 @@ def current_ranks() -> Ranks:
     return _current
 
 
+def _end_with_parent() -> None:
+    """Have this process killed when torchrun is: nobody else would end it, and it would hold the work folder."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before the kernel was told
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 @contextmanager
 def started_ranks() -> Iterator[Ranks]:
     """Join the processes that torchrun has started, for the time of a block; without it there is only this one."""
@@ -99,6 +112,8 @@ def started_ranks() -> Iterator[Ranks]:
         yield _current
         return
     own = not dist.is_initialized()  # an engine such as Ray Train may have done it
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     if own:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
     _current = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -21,6 +21,7 @@ __all__ = ["PICTURES", "TABLES", "ReadmeError", "with_tables"]
 
 _STUDIES = Path(__file__).parent / "results"
 _BENCHMARKS = Path(__file__).parents[2] / "kernels" / "bench" / "results"
+_SERVERS = Path(__file__).parents[2] / "vllm_requant" / "bench" / "results"
 _TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "gsm8k": "GSM8K", "math": "MATH"}
 _CALIBRATION = {
     "self": "the model's own text (the default, needs no network)",
@@ -28,6 +29,9 @@ _CALIBRATION = {
     "wikitext2-train": "WikiText-2 train",
 }
 _BATCH, _PROMPT = 16, 2048  # activations
+_BASES = {"awq": "AWQ", "gptq": "GPTQ", "qtip": "QTIP", "rtn": "RTN", "squeezellm": "SqueezeLLM"}
+_PEERS = {"vLLM-bfloat16": "vLLM, bfloat16", "vLLM-int4": "vLLM, int4", "llama.cpp": "llama.cpp, Q4_0, head Q8_0"}
+_SCATTER = 1.25  # largest round over smallest, from which both are shown
 _BLOCK = re.compile(r"(<!-- figures: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -108,6 +112,45 @@ def _gpu() -> str:
         )
     shapes = [f"{rows} × {columns}" for rows, columns in next(iter(by_format.values()))]
     return markdown(["format", *shapes, "residual", str(_BATCH), f"{_PROMPT:,}"], rows)
+
+
+def _speed(*files: str) -> str:
+    """Tokens a second of servers: what ``requant bench --json`` printed, side by side; the best of a column in bold."""
+    runs = [json.loads((_SERVERS / file).read_text(encoding="utf-8")) for file in files]
+    columns: list[str] = []
+    cells: dict[str, list[tuple[float, str]]] = {}
+    for run in runs:
+        load = run["load"]
+        threads = f"{run['threads']} threads" if run["threads"] > 1 else "1 thread"
+        columns += [
+            f"{threads}: one request",
+            f"prefill, {load['prompt_tokens']} tokens",
+            f"{load['requests']} requests",
+        ]
+        for number, row in enumerate(run["results"]):
+            label = _contender(row["name"] if number else run["checkpoint"])
+            cells.setdefault(label, []).extend(
+                (row["median"][figure], _rate(row["median"][figure], row["rounds"][figure])) for figure in row["median"]
+            )
+    best = [max(value for value, _ in column) for column in zip(*cells.values(), strict=True)]
+    rows = [
+        [label, *(f"**{text}**" if value == top else text for (value, text), top in zip(own, best, strict=True))]
+        for label, own in cells.items()
+    ]
+    return markdown(["", *columns], rows)
+
+
+def _contender(name: str) -> str:
+    """What a folder or peer is called in a table: BASE-BITS of ``offline/recipes``, with ReQuant or alone."""
+    if name in _PEERS:
+        return _PEERS[name]
+    base, bits, *ours = name.split("-")
+    return f"{_BASES[base]} {bits} bit" + (" + ReQuant" if ours else "")
+
+
+def _rate(median: float, rounds: Sequence[float]) -> str:
+    scattered = max(rounds) > _SCATTER * min(rounds)
+    return f"{median:.0f}" + (f" ({min(rounds):.0f}–{max(rounds):.0f})" if scattered else "")
 
 
 def _range(values: Sequence[float], digits: int = 0) -> str:

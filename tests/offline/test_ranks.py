@@ -81,15 +81,17 @@ def test_two_processes_make_what_one_makes(base: str, model: Path, tmp_path: Pat
 
 
 def kill(start: list[str], model: Path, output: Path, base: str, *flags: str, once: str) -> None:
-    """Begin a conversion and end all of its processes when something has appeared in the folder of its results."""
+    """Begin a conversion and kill torchrun, with which its processes end, once something is in its results' folder."""
     process = subprocess.Popen([*start, *command(model, output, base), *flags], env=environment())
     results = default_folder(output) / "results"
     while process.poll() is None and not any(results.glob(once)):
         time.sleep(0.002)
-    family = psutil.Process(process.pid)
-    for member in (family, *family.children(recursive=True)):
-        member.kill()
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
     process.wait()
+    _, left = psutil.wait_procs(workers, timeout=20)
+    assert not left
     assert not output.exists(), "it was killed before the end"
 
 
