@@ -19,6 +19,7 @@ __all__ = [
     "kept",
     "metric_words",
     "model_card",
+    "recipe_rows",
     "with_errors",
 ]
 
@@ -127,12 +128,24 @@ def _sizes(config: CheckpointConfig, other: int) -> Iterator[tuple[str, str]]:
 
 
 def _recipe(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for part in ("recipe", "calibration", "versions"):
-        for key, value in (provenance.get(part) or {}).items():
-            if value is not None:
-                yield key.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value)
+    yield from recipe_rows(provenance.get("recipe") or {})
+    for part in ("calibration", "versions"):
+        yield from _choices(provenance.get(part) or {})
     if provenance.get("revision"):
         yield "revision of the original", str(provenance["revision"])
+
+
+def recipe_rows(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Choices of a recipe and what they are; those that others leave without a meaning are left out."""
+    chosen = recipe.get("target_bpw") is not None or recipe.get("target_size") is not None
+    unused = {"bits", "group_size"} if chosen else ()
+    return _choices({choice: value for choice, value in recipe.items() if choice not in unused})
+
+
+def _choices(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if value is not None:
+            yield key.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:

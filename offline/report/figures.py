@@ -352,7 +352,8 @@ def _delta_f(integrals: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot([], [], "o", color=COLOURS[1], label="actual")
         axes.set_yticks(range(len(rows)), [_wrapped(row[0]) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(left=min(0.0, *(float(row[1]) for row in rows)))
+        values = [float(value) for row in rows for value in row[1:3] if value is not None]
+        axes.set_xlim(1.06 * min(0.0, *values), 1.06 * max(0.0, *values) or 1.0)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
     return Figure(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tests import tiny
 from vllm_requant.cli import app
 from vllm_requant.format.reader import Checkpoint
-from vllm_requant.offline.card import CARD_NAME, inherited, model_card
+from vllm_requant.offline.card import CARD_NAME, inherited, model_card, recipe_rows
 from vllm_requant.offline.models import load_causal_lm
 from vllm_requant.offline.recipe import Recipe
 from vllm_requant.offline.save import REPORT_NAME, convert_and_save, record_evaluation
@@ -86,3 +86,10 @@ def test_recording_blesses_no_damage(checkpoint: Path) -> None:
     done = CliRunner().invoke(app, ["verify", str(checkpoint)])
     assert done.exit_code == 1
     assert "tokenizer.json" in done.output
+
+
+def test_choices_without_a_meaning_are_not_shown() -> None:
+    recipe = {"base": "rtn", "bits": 4, "group_size": 64, "outlier_rule": "magnitude", "target_bpw": None}
+    assert dict(recipe_rows(recipe)) == {"base": "rtn", "bits": "4", "group size": "64", "outlier rule": "magnitude"}
+    recipe["target_bpw"] = 3.2500001
+    assert dict(recipe_rows(recipe)) == {"base": "rtn", "outlier rule": "magnitude", "target bpw": "3.25"}

@@ -47,7 +47,7 @@ def describe(folder: Path, *, with_layers: bool = False) -> dict[str, Any]:
         "folder": str(folder),
         "format_version": config.format_version,
         "producer": config.producer,
-        "kinds": dict(kinds),
+        "kinds": dict(sorted(kinds.items())),
         "layers": len(config.layers),
         "weights": config.numel,
         "bits_per_weight": config.bits_per_weight,
@@ -74,6 +74,8 @@ def describe(folder: Path, *, with_layers: bool = False) -> dict[str, Any]:
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
     """What :func:`describe` found, in words."""
+    from ..offline.card import recipe_rows
+
     mib = {name: value / 2**20 for name, value in result["bytes"].items()}
     lines = {
         "kinds": ", ".join(f"{kind} × {count}" for kind, count in result["kinds"].items()),
@@ -86,7 +88,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
     recipe = result["provenance"].get("recipe")
     if recipe:
         lines["source"] = str(result["provenance"].get("source"))
-        lines["recipe"] = ", ".join(f"{key} {_plain(value)}" for key, value in recipe.items())
+        lines["recipe"] = ", ".join(f"{choice} {value}" for choice, value in recipe_rows(recipe))
     return lines
 
 
@@ -103,7 +105,3 @@ def _show(result: dict[str, Any]) -> None:
             f"{layer['out_features']}×{layer['in_features']}  nnz {layer['nnz']}  {layer['bits_per_weight']:.3f}"
             + "".join(f"  {what} {layer[key]:.3g}" for key, what in _MEASURED.items() if key in layer)
         )
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
