@@ -113,6 +113,15 @@ def _kind(run: str) -> str | None:
     return "control" if any(part in _CONTROLS for part in rest) else None
 
 
+def _base(run: str) -> str:
+    return run.partition("-")[0]
+
+
+def _base_colours(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A base has one colour in all figures."""
+    return dict(zip(sorted({_base(row["name"]) for row in results}), COLOURS, strict=False))
+
+
 def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: str) -> Figure:
     shown = sorted((row for row in results if _kind(row["name"])), key=lambda row: row["bits_per_weight"])
     rows = [
@@ -121,17 +130,17 @@ def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: 
     ]
     original = shown[0]["scores"][text]["reference_perplexity"] if score == "perplexity" else None
     limit = math.inf if original is None else _OFF_SCALE * original
+    controls = any(kind == "control" for _, kind, *_ in rows)
     far = [f"{name} ({value:.4g})" for name, _, _, value, _ in rows if value > limit]
 
     def draw(canvas: "Canvas") -> None:
         axes = panel(canvas, xlabel="stored bits a weight, everything counted", ylabel=label, yscale="log")
-        bases = sorted({name.partition("-")[0] for name, *_ in rows})
-        for colour, base in zip(COLOURS, bases, strict=False):
+        for base, colour in _base_colours(results).items():
             for kind, marker in _MARKERS.items():
                 points = [
                     (bits, value)
                     for name, what, bits, value, _ in rows
-                    if name.partition("-")[0] == base and what == kind and value <= limit
+                    if _base(name) == base and what == kind and value <= limit
                 ]
                 if points:
                     axes.plot(
@@ -159,8 +168,10 @@ def _pareto(results: Sequence[Mapping[str, Any]], text: str, score: str, label: 
     return Figure(
         f"pareto-{score.partition('_')[0]}-{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}",
         f"{text}: {label.partition(' from')[0]} and size",
-        "Open circles are bases alone, diamonds ReQuant with the same base in as many bits, crosses controls: other "
-        "sparse weights in as many bits. Lower is better." + (f" Off the scale: {', '.join(far)}." if far else ""),
+        "Open circles are bases alone, diamonds ReQuant with the same base in as many bits"
+        + (", crosses controls: other sparse weights in as many bits" if controls else "")
+        + ". Lower is better."
+        + (f" Off the scale: {', '.join(far)}." if far else ""),
         ["run", "kind", "bits a weight", score.replace("_", " "), "sparse weights"],
         rows,
         draw,
@@ -182,8 +193,10 @@ def _predictions(results: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
     def draw(canvas: "Canvas") -> None:
         fit = panel(canvas, 1, 2, 1, xlabel="actual ΔF, nats", ylabel="predicted ΔF", xscale="log", yscale="log")
         error = panel(canvas, 1, 2, 2, xlabel="actual ΔF, nats", ylabel="predicted over actual − 1, %", xscale="log")
-        for colour, base in zip(COLOURS, sorted({row[0].partition("-")[0] for row in rows}), strict=False):
-            own = [row for row in rows if row[0].partition("-")[0] == base]
+        for base, colour in _base_colours(results).items():
+            own = [row for row in rows if _base(row[0]) == base]
+            if not own:
+                continue
             actual = [row[3] for row in own]
             fit.plot(actual, [row[2] for row in own], "D", color=colour, markersize=4, label=base)
             error.plot(actual, [100 * row[4] for row in own], "D", color=colour, markersize=4)

@@ -31,12 +31,14 @@ class Section:
         facts: lines of a small table.
         figures: in their order.
         name: of its folder of files; empty for the page's own.
+        brief: what stands beside the heading of a part that is closed.
     """
 
     title: str
     facts: Mapping[str, str]
     figures: Sequence[Figure]
     name: str = ""
+    brief: str = ""
 
 
 def write_figures(folder: Path, figures: Iterable[Figure]) -> list[Path]:
@@ -89,7 +91,8 @@ def _section(section: Section, *, whole: bool) -> str:
     content = f'<dl>{facts}</dl><div class="figures">{figures}</div>'
     if whole:  # what a reader comes for is open
         return f"<section><h2>{html.escape(section.title)}</h2>{content}</section>\n"
-    return f"<details class=section><summary><h2>{html.escape(section.title)}</h2></summary>{content}</details>\n"
+    heading = f"<h2>{html.escape(section.title)}</h2> <span>{html.escape(section.brief)}</span>"
+    return f"<details class=section><summary>{heading}</summary>{content}</details>\n"
 
 
 def _figure(section: Section, figure: Figure) -> str:

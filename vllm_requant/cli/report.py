@@ -3,7 +3,7 @@
 import logging
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -121,19 +121,28 @@ def _sections(evidence: "Evidence") -> "list[Section]":
     from ..offline.report.figures import conversion_figures, result_figures
     from ..offline.report.page import Section
 
-    sections = [
-        Section(conversion.name, _facts(conversion), list(conversion_figures(conversion)), conversion.name)
-        for conversion in evidence.conversions
-    ]
+    sections = []
+    for conversion in evidence.conversions:
+        found = describe(conversion.folder)
+        size = found["bytes"]["total"] / 2**20
+        sections.append(
+            Section(
+                conversion.name,
+                _facts(conversion, found),
+                list(conversion_figures(conversion)),
+                conversion.name,
+                f"{found['bits_per_weight']:.3f} bits a weight, {size:.1f} MiB",
+            )
+        )
     if figures := list(result_figures(evidence)):
         sections.insert(0, Section("Quality and size", {}, figures))
     return sections
 
 
-def _facts(conversion: "Conversion") -> dict[str, str]:
+def _facts(conversion: "Conversion", found: dict[str, Any]) -> dict[str, str]:
     from ..offline.card import evaluation_rows
 
-    lines = facts(describe(conversion.folder))
+    lines = facts(found)
     original, result = (conversion.report.get(f"calibration_loss{of}") for of in ("_original", ""))
     if original is not None and result is not None:
         lines["calibration loss"] = f"{original:.5f} → {result:.5f}"

@@ -110,6 +110,7 @@ def test_page_of_everything(tmp_path: Path, checkpoint: Path) -> None:
     words = " ".join(page.words)
     for part in ("text <1>", "Off the scale: rtn-3 (900)", "ReQuant", "converted", "Mean PQI by layer", "codes"):
         assert part in words, part
+    assert re.search(r"converted\s+\d\.\d{3} bits a weight, \d+\.\d MiB", words)
     # colours are the page's: it may be light or dark
     assert "#1f2328" not in text.partition("</style>")[2]
     names = {"pareto-kl-text-1", "pareto-perplexity-text-1", "ablation"}
