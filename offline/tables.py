@@ -266,33 +266,37 @@ def result_tables(results: Sequence[Mapping[str, Any]], source: str) -> list[Tab
     return made
 
 
-def speed_table(file: Path, source: str) -> Table:
+def speed_table(files: Sequence[Path], source: str) -> Table:
     """Table 9, from what ``requant bench --json`` has printed.
 
     Args:
-        file: of that; a checkpoint whose folder, and contenders whose names are as runs of ``offline/recipes`` are
-            called stand beside the paper's.
+        files: of that, asked alike; a checkpoint whose folder, and contenders whose names are as runs of
+            ``offline/recipes`` are called stand beside the paper's. Of what is in several, the first counts.
         source: of the model.
 
     Raises:
-        EvidenceError: it is something else.
+        EvidenceError: one is something else, or its requests were others.
     """
-    measured = read_object(file)
-    try:
-        load = measured["load"]
-        rows = [
-            (
-                row["name"] if number else measured["checkpoint"],
-                1000 * load["prompt_tokens"] / row["median"]["prefill"],
-                1000 * load["new_tokens"] / row["median"]["decode"],
-            )
-            for number, row in enumerate(measured["results"])
-            if "median" in row
-        ]
-    except (KeyError, TypeError) as error:
-        raise EvidenceError(f"{file}: is not what requant bench --json prints ({error} is missing)") from None
-    title = f"Time of one request: {load['prompt_tokens']} tokens of a prompt, {load['new_tokens']} decoded"
-    return Table(9, title, ("run", "prefill, ms", "decode, ms"), rows, published=published(9, source))
+    rows: dict[str, tuple[str, float, float]] = {}
+    asked: tuple[int, int] | None = None
+    for file in files:
+        measured = read_object(file)
+        try:
+            load = measured["load"]["prompt_tokens"], measured["load"]["new_tokens"]
+            for number, row in enumerate(measured["results"]):
+                if "median" in row:
+                    name = row["name"] if number else measured["checkpoint"]
+                    rates = [row["median"][figure] for figure in ("prefill", "decode")]
+                    times = [1000 * tokens / rate for tokens, rate in zip(load, rates, strict=True)]
+                    rows.setdefault(name, (name, *times))
+        except (KeyError, TypeError) as error:
+            raise EvidenceError(f"{file}: is not what requant bench --json prints ({error} is missing)") from None
+        if asked not in (None, load):
+            raise EvidenceError(f"{file}: prompt and decoded tokens are {load}, those of {files[0]} {asked}")
+        asked = load
+    assert asked is not None
+    title = f"Time of one request: {asked[0]} tokens of a prompt, {asked[1]} decoded"
+    return Table(9, title, ("run", "prefill, ms", "decode, ms"), list(rows.values()), published=published(9, source))
 
 
 def _hours(seconds: Mapping[str, float]) -> float:

@@ -21,7 +21,7 @@ __all__ = ["PICTURES", "TABLES", "ReadmeError", "with_tables"]
 
 _STUDIES = Path(__file__).parent / "results"
 _BENCHMARKS = Path(__file__).parents[2] / "kernels" / "bench" / "results"
-_SERVERS = Path(__file__).parents[2] / "vllm_requant" / "bench" / "results"
+_SERVERS = Path(__file__).parents[2] / "bench" / "results"
 _TEXTS = {"wikitext2": "WikiText-2", "c4": "C4", "gsm8k": "GSM8K", "math": "MATH"}
 _CALIBRATION = {
     "self": "the model's own text (the default, needs no network)",
@@ -135,7 +135,7 @@ def _speed(*files: str) -> str:
     best = [max(value for value, _ in column) for column in zip(*cells.values(), strict=True)]
     rows = [
         [label, *(f"**{text}**" if value == top else text for (value, text), top in zip(own, best, strict=True))]
-        for label, own in cells.items()
+        for label, own in sorted(cells.items(), key=lambda row: row[0] in _PEERS.values())  # ours first
     ]
     return markdown(["", *columns], rows)
 
@@ -167,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": _calibration,
     "memory": _memory,
     "gpu": _gpu,
+    "speed": lambda: _speed("amd-epyc-avx512-2-threads.json"),
 }
 PICTURES: dict[str, Callable[[Path], None]] = {
     "methods-smollm2-135m.png": lambda file: plot_sweep(_lines("methods-smollm2-135m.jsonl"), file),

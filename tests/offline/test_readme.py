@@ -23,5 +23,5 @@ def test_a_number_that_somebody_changed_is_put_right() -> None:
 
 
 def test_a_table_that_nobody_makes_is_named() -> None:
-    with pytest.raises(ReadmeError, match="figures: speed is none of methods"):
-        with_tables("<!-- figures: speed -->\n\n| |\n\n<!-- end -->\n")
+    with pytest.raises(ReadmeError, match="figures: rates is none of methods"):
+        with_tables("<!-- figures: rates -->\n\n| |\n\n<!-- end -->\n")

@@ -117,6 +117,16 @@ def test_times_of_servers_stand_beside_the_paper_s(tmp_path: Path) -> None:
     assert "| awq-4-requant | 250 | 2000 | 18 | 35204 |" in done.stdout
     assert "| squeezellm-3 |  |  | 85 | 33657 |" in done.stdout, "what only the paper has"
     assert "gone" not in done.stdout
+    second = tmp_path / "second.json"
+    results = [{"name": "ReQuant", "median": rates}, {"name": "awq-4", "median": rates}]
+    second.write_text(json.dumps({"checkpoint": "squeezellm-3", "load": load, "results": results}))
+    done = CliRunner().invoke(app, [*arguments, "--speed", str(second)])
+    assert "| squeezellm-3 | 250 | 2000 | 85 | 33657 |" in done.stdout
+    assert "| awq-4 | 250 | 2500 | 13 | 23768 |" in done.stdout, "the first counts"
+    second.write_text(json.dumps({"checkpoint": "awq-4", "load": load | {"new_tokens": 64}, "results": results}))
+    done = CliRunner().invoke(app, [*arguments, "--speed", str(second)])
+    assert done.exit_code == 1
+    assert "prompt and decoded tokens are (500, 64)" in done.stderr.replace("\n", " ")
     measured.write_text("{}")
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1

@@ -30,7 +30,8 @@ def command(
         typer.Option(exists=True, help="What requant sweep wrote: also tables 6 or 7, 10 and 11."),
     ] = None,
     speed: Annotated[
-        Path | None, typer.Option(exists=True, help="What requant bench --json printed: also table 9.")
+        list[Path] | None,
+        typer.Option(exists=True, help="What requant bench --json printed: also table 9; may be repeated."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keeps gradients and integrals [OUTPUT/cache].")] = None,
@@ -70,7 +71,7 @@ def command(
 
         if results is not None:
             keep(result_tables(Evidence.read([], [results], None).results, model))
-        if speed is not None:
+        if speed:
             keep([speed_table(speed, model)])
         if wanted:
             check_dataset(calibration_dataset)
