@@ -26,7 +26,7 @@ from .recipe import Recipe
 from .report.evidence import EvidenceError, place, read_object
 from .second_order import expand
 
-__all__ = ["TABLES", "Table", "Tables", "result_tables", "speed_table"]
+__all__ = ["TABLES", "Table", "Tables", "contenders", "result_tables", "speed_table"]
 
 _LAMBDAS = (1e-1, 5e-2, 1e-2, 5e-3, 1e-3)
 _RULES = (("uniform", 4), ("uniform", 8), ("uniform", 16), ("uniform", 32), ("gauss", 2), ("gauss", 4), ("gauss", 8))
@@ -278,25 +278,32 @@ def speed_table(files: Sequence[Path], source: str) -> Table:
         EvidenceError: one is something else, or its requests were others.
     """
     rows: dict[str, tuple[str, float, float]] = {}
-    asked: tuple[int, int] | None = None
+    asked: set[tuple[int, int]] = set()
     for file in files:
         measured = read_object(file)
         try:
-            load = measured["load"]["prompt_tokens"], measured["load"]["new_tokens"]
-            for number, row in enumerate(measured["results"]):
-                if "median" in row:
-                    name = row["name"] if number else measured["checkpoint"]
-                    rates = [row["median"][figure] for figure in ("prefill", "decode")]
-                    times = [1000 * tokens / rate for tokens, rate in zip(load, rates, strict=True)]
-                    rows.setdefault(name, (name, *times))
+            prompt, new = measured["load"]["prompt_tokens"], measured["load"]["new_tokens"]
+            for name, row in contenders(measured):
+                rates = row["median"]
+                rows.setdefault(name, (name, 1000 * prompt / rates["prefill"], 1000 * new / rates["decode"]))
         except (KeyError, TypeError) as error:
             raise EvidenceError(f"{file}: is not what requant bench --json prints ({error} is missing)") from None
-        if asked not in (None, load):
-            raise EvidenceError(f"{file}: prompt and decoded tokens are {load}, those of {files[0]} {asked}")
-        asked = load
-    assert asked is not None
-    title = f"Time of one request: {asked[0]} tokens of a prompt, {asked[1]} decoded"
+        asked.add((prompt, new))
+        if len(asked) > 1:
+            raise EvidenceError(f"{file}: prompt and decoded tokens are {prompt, new}, those of {files[0]} others")
+    title = f"Time of one request: {prompt} tokens of a prompt, {new} decoded"
     return Table(9, title, ("run", "prefill, ms", "decode, ms"), list(rows.values()), published=published(9, source))
+
+
+def contenders(measured: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Those that ran in what ``requant bench --json`` has printed: names, the checkpoint's folder first, and entries.
+
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    for number, row in enumerate(measured["results"]):
+        if "median" in row:
+            yield row["name"] if number else measured["checkpoint"], row
 
 
 def _hours(seconds: Mapping[str, float]) -> float:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..tables import contenders
 from .memory import memory_table
 from .plots import plot_memory, plot_nodes, plot_sweep
 from .table import markdown, pair_table
@@ -114,30 +115,19 @@ def _gpu() -> str:
     return markdown(["format", *shapes, "residual", str(_BATCH), f"{_PROMPT:,}"], rows)
 
 
-def _speed(*files: str) -> str:
-    """Tokens a second of servers: what ``requant bench --json`` printed, side by side; the best of a column in bold."""
-    runs = [json.loads((_SERVERS / file).read_text(encoding="utf-8")) for file in files]
-    columns: list[str] = []
-    cells: dict[str, list[tuple[float, str]]] = {}
-    for run in runs:
-        load = run["load"]
-        threads = f"{run['threads']} threads" if run["threads"] > 1 else "1 thread"
-        columns += [
-            f"{threads}: one request",
-            f"prefill, {load['prompt_tokens']} tokens",
-            f"{load['requests']} requests",
-        ]
-        for number, row in enumerate(run["results"]):
-            label = _contender(row["name"] if number else run["checkpoint"])
-            cells.setdefault(label, []).extend(
-                (row["median"][figure], _rate(row["median"][figure], row["rounds"][figure])) for figure in row["median"]
-            )
-    best = [max(value for value, _ in column) for column in zip(*cells.values(), strict=True)]
-    rows = [
-        [label, *(f"**{text}**" if value == top else text for (value, text), top in zip(own, best, strict=True))]
-        for label, own in sorted(cells.items(), key=lambda row: row[0] in _PEERS.values())  # ours first
-    ]
-    return markdown(["", *columns], rows)
+def _speed(file: str) -> str:
+    """Tokens a second of servers, what ``requant bench --json`` printed; the best of each column in bold."""
+    run = json.loads((_SERVERS / file).read_text(encoding="utf-8"))
+    rates = {_contender(name): row for name, row in contenders(run)}
+    figures = list(run["results"][0]["median"])
+    best = {figure: max(row["median"][figure] for row in rates.values()) for figure in figures}
+    rows = []
+    for label, row in sorted(rates.items(), key=lambda each: each[0] in _PEERS.values()):  # ours first
+        cells = {figure: _rate(row["median"][figure], row["rounds"][figure]) for figure in figures}
+        rows.append([label, *(f"**{t}**" if row["median"][f] == best[f] else t for f, t in cells.items())])
+    load = run["load"]
+    head = [f"{run['threads']} threads: one request", f"prefill, {load['prompt_tokens']} tokens"]
+    return markdown(["", *head, f"{load['requests']} requests"], rows)
 
 
 def _contender(name: str) -> str:

@@ -71,7 +71,12 @@ def test_checkpoints_are_what_was_scored(tmp_path: Path, head_bits: int) -> None
     sweep = replace(_sweep(tmp_path, text), checkpoints=tmp_path / "checkpoints")
     row = next(sweep.run("gptq-4"))
     folder = tmp_path / "checkpoints" / "gptq-4"
-    assert read_model_config(folder)[1].provenance["recipe"] == row["recipe"]
+    config = read_model_config(folder)[1]
+    assert config.provenance["recipe"] == row["recipe"]
+    blocks = [spec for name, spec in config.layers.items() if name != "lm_head"]
+    assert len(config.layers) - len(blocks) == (head_bits < 16)
+    bits = 8 * sum(spec.nbytes for spec in blocks) / sum(spec.numel for spec in blocks)
+    assert row["bits_per_weight"] == pytest.approx(bits)
     windows, _ = evaluation_windows(
         EvaluationText(BUILTIN_DATASET), load_causal_lm(sweep.source).tokenizer, seq_len=32, max_tokens=96
     )
