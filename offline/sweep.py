@@ -1,6 +1,6 @@
 """Many conversions of one model, each scored on held-out text: what tables and ablations are made of.
 
-Runs are named and written in TOML; a table ``[all]`` holds what they share::
+Runs are named and written in TOML, or in YAML with the same names; a table ``[all]`` holds what they share::
 
     [all]
     compute = "auto"
@@ -25,13 +25,15 @@ import json
 import logging
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from .cache import TensorCache
@@ -48,29 +50,47 @@ ALL_BASES = Path(__file__).parent / "studies" / "methods.toml"
 """runs of every base alone and with ReQuant, at 2, 3 and 4 bits, and controls"""
 
 
+_TABLES = TypeAdapter(dict[str, dict[str, Any]])
+_CHOICES: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(hint, config=ConfigDict(strict=True))
+    for name, hint in (get_type_hints(Recipe) | {_SIZE_OF: str}).items()
+}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a name that stands twice is a mistake, as it is in TOML."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{name} stands twice", problem_mark=node.value[place][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_runs(path: Path, changed: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """The runs of a TOML file: choices by name, those of all runs included.
+    """The runs of a file: choices by name, those of all runs included.
 
     Args:
+        path: YAML if it is called ``.yaml`` or ``.yml``, else TOML.
         changed: choices that take the place of those of the file, in all runs.
 
     Raises:
-        RecipeError: the file is not TOML, names a field that a recipe does not have, a choice that is not
+        RecipeError: the file cannot be read as that, names a field that a recipe does not have, a choice that is not
             possible, or a run that comes later or not at all.
     """
+    content = _content(path)
+    shared = content.pop("all", {})
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: is not valid TOML: {error}") from None
-    shared, runs = content.pop("all", {}), content.pop("runs", {})
+        runs = _TABLES.validate_python(content.pop("runs", {}))
+    except ValidationError as error:
+        raise RecipeError(f"{path}: runs: {_first(error)}") from None
     if content or not runs:
         raise RecipeError(f"{path}: holds {', '.join(content) or 'nothing'} beside [all]; runs are tables [runs.NAME]")
-    known = {field.name for field in fields(Recipe)} | {_SIZE_OF}
     result: dict[str, dict[str, Any]] = {}
     for name, own in runs.items():
         choices = shared | own | dict(changed or {})
-        if unknown := choices.keys() - known:
-            raise RecipeError(f"{path}: run {name}: {min(unknown)} is not a choice of a recipe")
+        _check_types(f"{path}: run {name}", choices)
         if _SIZE_OF in choices and choices[_SIZE_OF] not in result:
             raise RecipeError(f"{path}: run {name}: size_of names {choices[_SIZE_OF]}, which is no earlier run")
         try:
@@ -79,6 +99,38 @@ def read_runs(path: Path, changed: Mapping[str, Any] | None = None) -> dict[str,
             raise RecipeError(*(f"{path}: run {name}: {reason}" for reason in error.args)) from None
         result[name] = choices
     return result
+
+
+def _content(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a file of either kind."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            return _TABLES.validate_python(yaml.load(text, _UniqueKeys))
+        return _TABLES.validate_python(tomllib.loads(text))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: is not valid TOML: {error}") from None
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first(error)}") from None
+
+
+def _check_types(run: str, choices: Mapping[str, Any]) -> None:
+    for name, value in choices.items():
+        if name not in _CHOICES:
+            raise RecipeError(f"{run}: {name} is not a choice of a recipe")
+        try:
+            _CHOICES[name].validate_python(value)
+        except ValidationError as error:
+            raise RecipeError(f"{run}: {name}: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """What a value is that it should not be: where, if it lies deeper, and what belongs there."""
+    found = error.errors(include_url=False)[0]
+    place = ".".join(map(str, found["loc"]))
+    return f"{place}: " * bool(place) + f"{found['input']!r}: {found['msg']}"
 
 
 @dataclass

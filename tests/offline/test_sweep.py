@@ -98,11 +98,49 @@ def test_a_result_of_another_recipe_is_not_taken_for_the_run(tmp_path: Path) -> 
         ('"gptq-4"', '"gptq-9"', "size_of names gptq-9"),
         ("[runs.gptq-4]", "[gptq-4]", "gptq-4 beside"),
         ("[all]", "[all", "not valid TOML"),
+        ("bits = 4", 'bits = "4"', "run gptq-4: bits: '4': Input should be a valid integer"),
+        ("[runs.gptq-4]\n", "[runs]\ngptq-4 = 4\n[gptq]\n", "runs: gptq-4: 4: Input should be a valid dictionary"),
+        ("[all]\n", "all = 3\n[rest]\n", "all: 3: Input should be a valid dictionary"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, before: str, after: str, message: str) -> None:
     path = tmp_path / "runs.toml"
     path.write_text(RUNS.replace(before, after))
+    with pytest.raises(RecipeError, match=message):
+        read_runs(path)
+
+
+YAML = """
+all: {num_samples: 3, seq_len: 24, nodes: 2}
+runs:
+  gptq-4: {base: gptq, bits: 4, outliers: 0, significant: 0}
+  gptq-requant:
+    base: gptq
+    size_of: gptq-4
+"""
+
+
+def test_runs_in_yaml_are_those_in_toml(tmp_path: Path) -> None:
+    for name, text in (("runs.toml", RUNS), ("runs.yaml", YAML)):
+        (tmp_path / name).write_text(text)
+    assert read_runs(tmp_path / "runs.yaml") == read_runs(tmp_path / "runs.toml")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("bits: 4", "bits: four", "run gptq-4: bits: 'four': Input should be a valid integer"),
+        ("outliers: 0", "outliers: 1e-3", "run gptq-4: outliers: '1e-3': Input should be a valid number"),
+        ("gptq-requant:", "gptq-4:", "gptq-4 stands twice"),
+        ("bits: 4", "bits: 4, bits: 3", "bits stands twice"),
+        ("seq_len: 24", "seq_len: [24", "not valid YAML"),
+        (YAML, "- gptq", r"\['gptq'\]: Input should be a valid dictionary"),
+        (YAML, "", "None: Input should be a valid dictionary"),
+    ],
+)
+def test_mistakes_in_yaml_are_named(tmp_path: Path, before: str, after: str, message: str) -> None:
+    path = tmp_path / "runs.yaml"
+    path.write_text(YAML.replace(before, after))
     with pytest.raises(RecipeError, match=message):
         read_runs(path)
 

@@ -13,7 +13,7 @@ __all__ = ["command"]
 
 def command(
     model: Annotated[str, typer.Argument(help="Local folder, Hub id, or GGUF file.")],
-    runs: Annotated[Path, typer.Option(help="TOML file of runs; see vllm_requant/offline/sweep.py.", exists=True)],
+    runs: Annotated[Path, typer.Option(help="TOML or YAML; see vllm_requant/offline/sweep.py.", exists=True)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Results, a JSON object a line; finished runs stay.")],
     calibration_dataset: Annotated[str, typer.Option(help="Calibration text, as for convert.")] = "self",
     dataset: EvaluationTexts = None,
