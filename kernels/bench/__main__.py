@@ -2,9 +2,9 @@
 
 For every shape, format and batch: microseconds a call (the median of the repeats), weights and bytes of weights a
 second, the share of the read bandwidth measured in this run, the speed-up over torch's ``F.linear`` in bfloat16 on
-the same shape, and the error against reference.py in float64, relative to the size of the output; for one activation
-also what the residual adds. Large layers rotate through copies that exceed most caches, as the layers of a large model
-do; small ones stay in the cache, as those of a small model may.
+the same shape, and the error against reference.py in float64, relative to the size of the output; for one and for
+sixteen also what the residual adds. Large layers rotate through copies that exceed most caches, as the layers of a
+large model do; small ones stay in the cache, as those of a small model may.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from .layers import DENSITIES, DENSITY, FORMATS, LLAMA_3, Format, canonical, res
 SHAPES = ((4096, 4096), (14336, 4096), (576, 576), (1536, 576), (576, 1536), (960, 576), (3072, 576))
 """``(out_features, in_features)``; SmolLM2-135M's layers, the last two as vLLM fuses them."""
 BATCHES = (1, 4, 16, 64, 512)
+RESIDUAL_BATCHES = (1, 16)
+"""for which the layer is timed with every share of sparse weights"""
 COLD_BYTES = 512 << 20
 
 
@@ -101,15 +103,13 @@ def measure(shape: tuple[int, int], budget: float, bandwidth: float, activation_
         tensors = canonical(form, rows, columns)
         by_density = {density: tensors | residual(rows, columns, density) for density in DENSITIES}
         layers = Layers(form, by_density[DENSITY], shape, activation_bits)
-        alone = {
-            density: (
-                layers if density == DENSITY else Layers(form, by_density[density], shape, activation_bits)
-            ).seconds(inputs[1], budget)
-            for density in DENSITIES
-        }
+        timed: dict[float, dict[int, float]] = {}
+        for density, stored in by_density.items():
+            of_density = layers if density == DENSITY else Layers(form, stored, shape, activation_bits)
+            timed[density] = {batch: of_density.seconds(inputs[batch], budget) for batch in RESIDUAL_BATCHES}
         weight = weight_of(form, by_density[DENSITY], columns).double().t()
         for batch, x in inputs.items():
-            took = alone[DENSITY] if batch == 1 else layers.seconds(x, budget)
+            took = timed[DENSITY].get(batch) or layers.seconds(x, budget)
             exact = x.double() @ weight
             off = layers(x).double() - exact
             yield {
@@ -126,7 +126,9 @@ def measure(shape: tuple[int, int], budget: float, bandwidth: float, activation_
                 "bf16_linear_microseconds": peer[batch] * 1e6,
                 "speedup_over_bf16_linear": peer[batch] / took,
                 "relative_error": float(off.norm() / exact.norm()),
-                "residual_cost": {str(d): alone[d] / alone[0.0] - 1 for d in DENSITIES[1:]} if batch == 1 else None,
+                "residual_cost": {str(d): timed[d][batch] / timed[0.0][batch] - 1 for d in DENSITIES[1:]}
+                if batch in RESIDUAL_BATCHES
+                else None,
             }
 
 

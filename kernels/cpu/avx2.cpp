@@ -89,6 +89,8 @@ struct Avx2 {
     static REQUANT_INLINE Tile tile_fma(const Tile& a, const Tile& b, const Tile& c) {
         return {{fma(a.half[0], b.half[0], c.half[0]), fma(a.half[1], b.half[1], c.half[1])}};
     }
+    static constexpr int tiles = 4;
+    static REQUANT_INLINE Tile tile_load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
     static REQUANT_INLINE void tile_store(const Tile& tile, float* out) {
         _mm256_storeu_ps(out, tile.half[0]);
         _mm256_storeu_ps(out + 8, tile.half[1]);

@@ -79,6 +79,8 @@ struct Avx512 {
     static REQUANT_INLINE Tile tile_splat(float v) { return splat(v); }
     static REQUANT_INLINE Tile tile_mul(Tile a, float b) { return mul(a, splat(b)); }
     static REQUANT_INLINE Tile tile_fma(Tile a, Tile b, Tile c) { return fma(a, b, c); }
+    static constexpr int tiles = 16;
+    static REQUANT_INLINE Tile tile_load(const float* p) { return _mm512_loadu_ps(p); }
     static REQUANT_INLINE void tile_store(Tile tile, float* out) { _mm512_storeu_ps(out, tile); }
     static REQUANT_INLINE Floats spread(Tile tile, int n) {
         const __m512i row = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);

@@ -318,10 +318,22 @@ void pack_tables(int64_t rows, int64_t entries, const float* tables, uint8_t* pl
 // Buffers of the calling thread; they grow to what the largest call needs and stay.
 template <class T>
 T* buffer(int which, int64_t count) {
-    thread_local std::vector<T> buffers[4];
+    thread_local std::vector<T> buffers[5];
     std::vector<T>& mine = buffers[which];
     if (int64_t(mine.size()) < count) mine.resize(size_t(count));
     return mine.data();
+}
+
+// Floats for activations side by side, and behind them what it takes to begin with a line of memory.
+constexpr int64_t side_by_side_of(int64_t columns) { return (columns + 1) * STEP; }
+
+// A batch of at most MAX_BATCH, x [batch, columns], for the sparse part of a weight; `memory`: side_by_side_of(columns).
+SparseActivations for_sparse(const Sparse& sparse, const float* x, int64_t batch, int64_t columns, float* memory) {
+    if (!sparse.windows || batch < SIDE_BY_SIDE) return {batch, columns, x, nullptr};
+    const auto line = (reinterpret_cast<uintptr_t>(memory) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    float* side_by_side = reinterpret_cast<float*>(line);
+    tier().side_by_side(x, batch, columns, side_by_side);
+    return {batch, columns, x, side_by_side};
 }
 
 template <class Body>
@@ -357,7 +369,8 @@ void integer_linear(const Weights& w, const float* x, int64_t batch, int planes,
     float* sums = buffer<float>(2, cells * w.parts());
     int8_t* bytes = buffer<int8_t>(0, cells * planes * CHUNK);
     isa.quantize(x, batch, w.columns, planes, isa.order(w.kind, w.bits, planes), w.parts(), bytes, scales, sums);
-    const Activations in{batch, planes, w.parts(), bytes, scales, sums, x};
+    float* memory = buffer<float>(4, side_by_side_of(w.columns));
+    const Activations in{batch, planes, w.parts(), bytes, scales, sums, for_sparse(w.sparse, x, batch, w.columns, memory)};
     const int threads = thread_count(w.rows * w.columns * batch, windows);
     float* scratch = buffer<float>(3, threads * scratch_of(batch, WINDOW));
     share(threads, windows, [&](int64_t begin, int64_t end, int thread) {
@@ -377,7 +390,8 @@ void trellis_linear(const Trellis& w, const float* x, int64_t batch, int planes,
     int32_t* words = buffer<int32_t>(0, batch * w.columns * count);
     int32_t* sums = buffer<int32_t>(1, cells * count);
     isa.quantize_words(rotated, batch, w.columns, w.block_in, count, words, scales, sums);
-    const TrellisActivations in{batch, count, words, scales, sums, x};
+    float* memory = buffer<float>(4, side_by_side_of(w.columns));
+    const TrellisActivations in{batch, count, words, scales, sums, for_sparse(w.sparse, x, batch, w.columns, memory)};
     const int threads = thread_count(2 * w.rows * w.columns * batch, units);
     float* scratch = buffer<float>(3, threads * scratch_of(batch, unit));
     share(threads, units, [&](int64_t begin, int64_t end, int thread) {
@@ -529,16 +543,25 @@ REQUANT_API int requant_trellis_rotate(const void* packed, int64_t packed_bytes,
                                        float* in_place, int back) {
     const Header* h = header_of(packed, packed_bytes);
     if (!h || h->kind != TRELLIS || count < 0) return BAD_ARGUMENT;
-    const Trellis w = trellis_of(*h);
-    const int64_t width = back ? w.rows : w.columns;
-    share(thread_count(8 * count * width, count), count, [&](int64_t begin, int64_t end, int) {
-        float* rows = in_place + begin * width;
-        if (!back) return tier().rotate(end - begin, width, w.block_in, w.signs_in, rows);
-        tier().rotate_back(end - begin, width, w.block_out, w.signs_out, rows);
-        if (w.sparse.windows)
-            tier().sparse(w.sparse, windows_of(width), x + begin * w.columns, end - begin, w.columns, rows, width);
+    return guarded([&]() -> int {
+        const Trellis w = trellis_of(*h);
+        const int64_t width = back ? w.rows : w.columns;
+        const int threads = thread_count(8 * count * width, count);
+        const int64_t room = back && w.sparse.windows ? side_by_side_of(w.columns) + scratch_of(MAX_BATCH, 0) : 0;
+        float* memory = buffer<float>(4, threads * room);
+        share(threads, count, [&](int64_t begin, int64_t end, int thread) {
+            float* rows = in_place + begin * width;
+            if (!back) return tier().rotate(end - begin, width, w.block_in, w.signs_in, rows);
+            tier().rotate_back(end - begin, width, w.block_out, w.signs_out, rows);
+            float* mine = memory + thread * room;
+            for (int64_t m = begin; room && m < end; m += MAX_BATCH) {
+                const int64_t batch = std::min(end - m, MAX_BATCH);
+                const SparseActivations in = for_sparse(w.sparse, x + m * w.columns, batch, w.columns, mine);
+                tier().sparse(w.sparse, width, in, in_place + m * width, width, mine + side_by_side_of(w.columns));
+            }
+        });
+        return OK;
     });
-    return OK;
 }
 
 // Kind of a packed weight: 0 uniform, 1 lut, 2 trellis.

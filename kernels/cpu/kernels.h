@@ -35,10 +35,13 @@ constexpr int TABLE_SHIFT = 7;       // bits of a byte of a table entry
 constexpr int ENTRIES = 16;          // bytes of a row in a plane of tables
 constexpr int64_t MAX_BATCH = 16;    // activations that are multiplied together
 
+constexpr int64_t SIDE_BY_SIDE = 4;  // from as many activations on the sparse part is multiplied with all at once
+static_assert(MAX_BATCH == STEP, "all of a batch side by side are a line of memory");
+
 // Windows whose residual is computed at a time, of a batch of at most MAX_BATCH.
 constexpr int64_t stretch_of(int64_t batch) { return 64 / batch; }
-// Floats of scratch for dense sums of up to `rows` rows and the residual of a stretch.
-constexpr int64_t scratch_of(int64_t batch, int64_t rows) { return batch * (rows + stretch_of(batch) * WINDOW); }
+// Floats of scratch for dense sums of up to `rows` rows and, twice, the residual of a stretch.
+constexpr int64_t scratch_of(int64_t batch, int64_t rows) { return batch * rows + 2 * 64 * WINDOW; }
 
 enum Kind : int { UNIFORM = 0, LUT = 1, TRELLIS = 2 };
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
@@ -76,6 +79,13 @@ struct Sparse {
     const int32_t* windows;  // [windows + 1] units before those of a window; null without a sparse part
     const uint8_t* slices;
     bool wide;               // columns are int32
+};
+
+// What the sparse part is multiplied with: activations as they are.
+struct SparseActivations {
+    int64_t batch, columns;
+    const float* x;             // [batch, columns]
+    const float* side_by_side;  // [columns, STEP]: transposed, zeros where the batch ends; null below SIDE_BY_SIDE
 };
 
 struct Weights {
@@ -120,7 +130,7 @@ struct Activations {
     const int8_t* bytes;   // [chunks, batch, planes, CHUNK]; words: int16 [chunks, batch, CHUNK]
     const float* scales;   // [chunks, batch]
     const float* sums;     // [chunks, batch, parts] minus the sums of the integers
-    const float* x;        // [batch, columns] as they are
+    SparseActivations sparse;
 };
 
 // ---- the trellis kind ----------------------------------------------------------------------------------------
@@ -152,7 +162,7 @@ struct TrellisActivations {
     const int32_t* words;   // [columns / block_in, batch, count, block_in], each word twice
     const float* scales;    // [columns / block_in, batch]
     const int32_t* sums;    // [columns / block_in, batch, count] 510 times the words' sum
-    const float* x;         // [batch, columns] as they are
+    SparseActivations sparse;
 };
 
 // ---- one instruction set -------------------------------------------------------------------------------------
@@ -170,9 +180,11 @@ struct Tier {
     void (*dequantize)(const Weights&, const int64_t* ids, int64_t first, int64_t begin, int64_t end, int dtype,
                        void* out, float* line);
     void (*widen)(int dtype, const void* in, float* out, int64_t count);
-    // sums[m, row] += sparse part of the first windows times x[m], the columns of a row of sums being `stride` apart
-    void (*sparse)(const Sparse&, int64_t windows, const float* x, int64_t batch, int64_t columns, float* sums,
-                   int64_t stride);
+    // side_by_side of a SparseActivations from its x
+    void (*side_by_side)(const float* x, int64_t batch, int64_t columns, float* out);
+    // sums[m, row] += sparse part of the first `rows` rows times activation m, the columns of a row of sums being `stride`
+    // apart; scratch: scratch_of(batch, 0) floats
+    void (*sparse)(const Sparse&, int64_t rows, const SparseActivations&, float* sums, int64_t stride, float* scratch);
 
     // x [count, columns] times signs, then through the Hadamard transform of every block, without its factor
     void (*rotate)(int64_t count, int64_t columns, int64_t block, const float* signs, float* x);

@@ -74,6 +74,12 @@ struct Scalar {
         for (int r = 0; r < TILE_ROWS; ++r) c.row[r] += a.row[r] * b.row[r];
         return c;
     }
+    static constexpr int tiles = 16;
+    static REQUANT_INLINE Tile tile_load(const float* p) {
+        Tile out;
+        __builtin_memcpy(out.row, p, sizeof out);
+        return out;
+    }
     static REQUANT_INLINE void tile_store(const Tile& tile, float* out) { __builtin_memcpy(out, tile.row, sizeof tile); }
     static REQUANT_INLINE Floats spread(const Tile& tile, int n) { return splat(tile.row[n]); }
     static REQUANT_INLINE Floats mul(Floats a, Floats b) { return a * b; }

@@ -22,7 +22,9 @@
 //   shifted_plus                    of Ints: the first 8 bits up, plus the second
 //   floats, splat                   of Ints; of a number
 //   Tile, tile_halves, tile_bytes   16 floats, one a row, from float16 or bytes; default: zeros
-//   tile_mul, tile_fma, tile_store  with a float; with two tiles; to 16 floats
+//   tile_mul, tile_fma              with a float; with two tiles
+//   tile_load, tile_store           from and to 16 floats
+//   tiles                           tiles that fit the registers, beside what changes them
 //   spread                          those of the n-th vector of rows, in all lanes of a row
 //   mul, fma, totals                the sum of the lanes of every row
 //   sparse_step                     16 sums plus the products of as many sparse weights
@@ -415,23 +417,59 @@ void sparse_rows(const Sparse& sparse, int64_t begin, int64_t end, const float* 
     }
 }
 
-// sums[m, row] += sparse part of the windows begin ... end - 1 times x[m], the columns of a row of sums being `stride`
-// apart. With every step a line of memory from `soon` on is asked for, if that is not null.
-template <class S>
-void sparse_windows(const Sparse& sparse, int64_t begin, int64_t end, const float* x, int64_t batch, int64_t columns,
-                    const uint8_t* soon, float* sums, int64_t stride) {
-    for (int64_t m = 0; m < batch; ++m, x += columns, sums += stride, soon = nullptr) {
-        if (sparse.wide)
-            sparse_rows<S, int32_t>(sparse, begin, end, x, soon, soon ? 64 : 0, sums);
-        else
-            sparse_rows<S, uint16_t>(sparse, begin, end, x, soon, soon ? 64 : 0, sums);
+// The same of STEP activations, side by side in x [columns, STEP] and sums [rows, STEP]: an element and what goes with it
+// are read once for all of them. Every sum is made and rounded as above.
+template <class S, class Index>
+void sparse_rows_of_all(const Sparse& sparse, int64_t begin, int64_t end, const float* x, float* sums) {
+    for (int64_t window = begin; window < end; ++window, sums += WINDOW * STEP) {
+        const uint8_t* behind = slices_of(sparse, window + 1);
+        for (Slice<Index> slice{slices_of(sparse, window)}; slice.at < behind; slice = slice.next())
+            for (int first = 0; first < STEP; first += S::tiles) {
+                typename S::Tile lanes[S::tiles];
+                for (typename S::Tile& lane : lanes) lane = S::tile_splat(0.0f);
+                for (const SliceStep<Index>& step : slice) {
+                    float values[STEP];
+                    S::tile_store(S::tile_halves(step.values), values);
+                    REQUANT_UNROLL(16)
+                    for (int l = 0; l < S::tiles; ++l) {
+                        const typename S::Tile inputs = S::tile_load(x + int64_t(step.columns[first + l]) * STEP);
+                        lanes[l] = S::tile_fma(inputs, S::tile_splat(values[first + l]), lanes[l]);
+                    }
+                    __builtin_prefetch(reinterpret_cast<const uint8_t*>(&step) + SLICES_AHEAD);
+                }
+                for (int l = 0; l < S::tiles; ++l) {
+                    float* to = sums + slice.head().rows[first + l] * STEP;
+                    S::tile_store(S::tile_fma(lanes[l], S::tile_splat(1.0f), S::tile_load(to)), to);
+                }
+            }
     }
 }
 
-template <class S>
-void sparse(const Sparse& sparse, int64_t windows, const float* x, int64_t batch, int64_t columns, float* sums,
-            int64_t stride) {
-    sparse_windows<S>(sparse, 0, windows, x, batch, columns, nullptr, sums, stride);
+// 4 x 4 floats, of rows `from` apart up to the `last` and then that one again, transposed into rows `to` apart.
+REQUANT_INLINE void transpose_four(const float* in, int64_t from, int64_t last, float* out, int64_t to) {
+    typedef float Four __attribute__((vector_size(16)));
+    typedef int32_t Lanes __attribute__((vector_size(16)));
+    const Lanes low{0, 4, 1, 5}, high{2, 6, 3, 7}, firsts{0, 1, 4, 5}, lasts{2, 3, 6, 7};
+    Four rows[4];
+    REQUANT_UNROLL(4)
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(&rows[i], in + (i < last ? i : last) * from, sizeof rows[i]);
+    const Four a = __builtin_shuffle(rows[0], rows[1], low), b = __builtin_shuffle(rows[2], rows[3], low);
+    const Four c = __builtin_shuffle(rows[0], rows[1], high), d = __builtin_shuffle(rows[2], rows[3], high);
+    const Four columns[4] = {__builtin_shuffle(a, b, firsts), __builtin_shuffle(a, b, lasts),
+                             __builtin_shuffle(c, d, firsts), __builtin_shuffle(c, d, lasts)};
+    REQUANT_UNROLL(4)
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(out + i * to, &columns[i], sizeof columns[i]);
+}
+
+// out [columns, STEP]: x [batch, columns] transposed; what is behind the batch there is of no meaning.
+inline void side_by_side(const float* x, int64_t batch, int64_t columns, float* out) {
+    const int64_t whole = columns / 4 * 4;
+    for (int64_t first = 0; first < whole; first += STEP)  // a line of every row: rows may meet in the cache
+        for (int64_t m = 0; m < batch; m += 4)
+            for (int64_t c = first; c < first + STEP && c < whole; c += 4)
+                transpose_four(x + m * columns + c, columns, batch - 1 - m, out + c * STEP + m, STEP);
+    for (int64_t c = whole; c < columns; ++c)
+        for (int64_t m = 0; m < batch; ++m) out[c * STEP + m] = x[m * columns + c];
 }
 
 // The residual of the windows up to `end`, of a stretch of windows at a time: while codes run through the first cache, they
@@ -440,37 +478,68 @@ void sparse(const Sparse& sparse, int64_t windows, const float* x, int64_t batch
 template <class S>
 class Residual {
   public:
-    Residual(const Sparse& sparse, int64_t end, const float* x, int64_t batch, int64_t columns, float* scratch)
-        : sparse_(sparse), end_(end), x_(x), batch_(batch), columns_(columns), sums_(scratch) {}
+    Residual(const Sparse& sparse, int64_t end, const SparseActivations& in, float* scratch)
+        : sparse_(sparse), end_(end), in_(in), sums_(scratch) {}
 
     // Before the dense sums from `window` on, whose codes are `soon` wanted.
     void prepare(int64_t window, const uint8_t* soon) {
         if (!sparse_.windows || window < until_) return;
         begin_ = window;
         until_ = window + stretch_ < end_ ? window + stretch_ : end_;
-        for (int64_t m = 0; m < batch_; ++m)
-            __builtin_memset(sums_ + m * stride_, 0, size_t((until_ - begin_) * WINDOW) * sizeof(float));
-        sparse_windows<S>(sparse_, begin_, until_, x_, batch_, columns_, soon, sums_, stride_);
+        if (sparse_.wide)
+            multiply<int32_t>(soon);
+        else
+            multiply<uint16_t>(soon);
     }
 
     // to[m * stride + i] += that of `count` rows from the first of `window` on
     void add(int64_t window, int64_t count, float* to, int64_t stride) const {
         if (!sparse_.windows) return;
-        for (int64_t m = 0; m < batch_; ++m) {
+        for (int64_t m = 0; m < in_.batch; ++m) {
             const float* from = sums_ + m * stride_ + (window - begin_) * WINDOW;
             for (int64_t i = 0; i < count; ++i) to[m * stride + i] += from[i];
         }
     }
 
   private:
+    template <class Index>
+    void multiply(const uint8_t* soon) {
+        const int64_t rows = (until_ - begin_) * WINDOW;
+        if (in_.side_by_side) {
+            float* sums = sums_ + STEP * stride_;
+            __builtin_memset(sums, 0, size_t(rows * STEP) * sizeof(float));
+            sparse_rows_of_all<S, Index>(sparse_, begin_, until_, in_.side_by_side, sums);
+            for (int64_t i = 0; i < rows; i += 4)
+                for (int64_t m = 0; m < in_.batch; m += 4)
+                    transpose_four(sums + i * STEP + m, STEP, 3, sums_ + m * stride_ + i, stride_);
+            return;
+        }
+        for (int64_t m = 0; m < in_.batch; ++m) {
+            float* sums = sums_ + m * stride_;
+            __builtin_memset(sums, 0, size_t(rows) * sizeof(float));
+            const int64_t line = m || !soon ? 0 : 64;  // the codes are to be fetched once
+            sparse_rows<S, Index>(sparse_, begin_, until_, in_.x + m * in_.columns, line ? soon : nullptr, line, sums);
+        }
+    }
+
     const Sparse& sparse_;
     const int64_t end_;
-    const float* const x_;
-    const int64_t batch_, columns_;
-    float* const sums_;
-    const int64_t stretch_ = stretch_of(batch_), stride_ = stretch_ * WINDOW;
+    const SparseActivations in_;
+    float* const sums_;  // [activations, stride_]; behind them those of activations side by side, [stride_, STEP]
+    const int64_t stretch_ = stretch_of(in_.side_by_side ? STEP : in_.batch), stride_ = stretch_ * WINDOW;
     int64_t begin_ = 0, until_ = 0;
 };
+
+// sums[m, row] += sparse part of the first `rows` rows times activation m, the columns of a row of sums being `stride` apart
+template <class S>
+void sparse(const Sparse& sparse, int64_t rows, const SparseActivations& in, float* sums, int64_t stride, float* scratch) {
+    Residual<S> residual(sparse, windows_of(rows), in, scratch);
+    for (int64_t window = 0; window < windows_of(rows); ++window) {
+        const int64_t first = window * WINDOW;
+        residual.prepare(window, nullptr);
+        residual.add(window, rows - first < WINDOW ? rows - first : WINDOW, sums + first, stride);
+    }
+}
 
 // What the middle of the tables' range takes off the products with a row of activations.
 template <class S, class Made>
@@ -486,7 +555,7 @@ void linear_windows(const Weights& w, const Activations& in, int64_t begin, int6
     using Made = Form<S, KIND, BITS, DEPTH, P>;
     constexpr int COUNT = TILE_ROWS / S::rows;
     const int64_t chunks = w.chunks(), tiles = w.tiles(), batch = M ? M : in.batch;
-    Residual<S> residual(w.sparse, end, in.x, batch, w.columns, out + batch * WINDOW);
+    Residual<S> residual(w.sparse, end, in.sparse, out + batch * WINDOW);
     float offsets[MAX_BATCH];
     for (int64_t m = 0; m < batch; ++m) offsets[m] = KIND == LUT ? table_offset<S, Made>(in, chunks, m) : 0.0f;
     for (int64_t window = begin; window < end; ++window) {

@@ -206,7 +206,7 @@ template <class S>
 void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begin, int64_t end, int dtype, void* y,
                     float* sums) {
     const int64_t unit = trellis_unit(w.block_out), last = end * unit < w.rows ? end * unit : w.rows;
-    Residual<S> residual(w.sparse, windows_of(last), in.x, in.batch, w.columns, sums + in.batch * unit);
+    Residual<S> residual(w.sparse, windows_of(last), in.sparse, sums + in.batch * unit);
     for (int64_t u = begin; u < end; ++u) {
         const int64_t first = u * unit, rows = w.rows - first < unit ? w.rows - first : unit;
         const int64_t from = first / w.block_out, to = (first + rows) / w.block_out;
@@ -268,6 +268,7 @@ constexpr Tier make_tier(const char* name) {
                 &linear<S>,
                 &dequantize<S>,
                 &widen<S>,
+                &side_by_side,
                 &sparse<S>,
                 &rotate<S, false>,
                 &rotate<S, true>,

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from vllm_requant.bench import comparison
+from vllm_requant.bench import comparison, contenders
 from vllm_requant.bench.comparison import compare, table
 from vllm_requant.bench.contenders import Contender, Prompts
 from vllm_requant.bench.measure import Load, Rates, measure_round
@@ -83,6 +83,20 @@ def test_what_cannot_run_is_named_and_all_are_stopped() -> None:
     text = table(results)
     assert "(2.00 ×)" in text.splitlines()[2]
     assert text.splitlines()[3].endswith("left out: a spring broke")
+
+
+def test_what_memory_does_not_hold_beside_the_others_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(Clockwork):
+        def start(self) -> None:
+            super().start()
+            free.append(free[-1] - (5 << 30))
+
+    free = [13 << 30]
+    monkeypatch.setattr(contenders, "free_memory", lambda: free[-1])
+    third = Large("third", 0.001, 0.1)
+    results = compare([Large("first", 0.001, 0.1), Large("second", 0.001, 0.1), third], LOAD, rounds=1)
+    assert results[2] == {"name": "third", "error": "3.0 GiB of memory are free, one before it took 5.0 GiB"}
+    assert not third.asked
 
 
 def test_without_the_first_contender_there_is_nothing_to_compare() -> None:

@@ -34,7 +34,7 @@ WIDTHS = {
     "gptq": [(2, 32), (3, 64), (4, 128), (8, 128)],
     "qtip": [(1, 64), (2, 64), (3, 64), (4, 64), (5, 64), (6, 64)],
 }
-QUANTIZED_BLOCKS = 12
+QUANTIZED_BLOCKS = 6
 
 
 def _block(name: str) -> int:
@@ -44,7 +44,7 @@ def _block(name: str) -> int:
 def _mixed(lm: CausalLM, base: str, folder: Path) -> None:
     """Every layer in the next of the base's widths, with 0.1 % of its weights sparse: no width stands out anywhere.
 
-    The last blocks stay as they are: the first twelve hold every width in every layer of a block.
+    The last blocks stay as they are: the first six hold every width in every layer of a block, beside every neighbour.
     """
     recipe = Recipe(base=base, num_samples=4, seq_len=128)
     layers = {name: layer for name, layer in find_layers(lm.model).items() if _block(name) < QUANTIZED_BLOCKS}

@@ -129,10 +129,11 @@ def test_large_batch(
 def test_a_row_has_one_result_in_every_small_batch(
     make_layer: Callable, isa: str, kind: str, bits: int, group_size: int
 ) -> None:
-    layer = make_layer(kind, bits, group_size, 10, 608, density=0.02)
-    packed, x = layer.repack(), activations(cpu.SMALL_BATCH, 608, torch.float32)
+    # more windows than the residual is computed of at a time, of 16 activations as of 6; columns are no whole vectors
+    layer = make_layer(kind, bits, group_size, 745, 610, density=0.02)
+    packed, x = layer.repack(), activations(cpu.SMALL_BATCH, 610, torch.float32)
     together = layer.linear(x, packed)
-    for batch in (1, 3, 6):
+    for batch in (1, 3, 4, 6, 15):
         assert torch.equal(layer.linear(x[:batch], packed), together[:batch])
 
 
@@ -167,9 +168,10 @@ def test_sparse_columns_beyond_the_sign_bit_and_beyond_uint16(
     layer.tensors["sparse_values"] = torch.tensor([512.0, -1024.0], dtype=torch.float16)
     packed, weight = layer.repack(), layer.weight()
     assert torch.equal(layer.embedding(torch.arange(3), torch.float32, packed), weight)
-    x = torch.zeros(1, columns)
-    x[0, 32_768], x[0, where] = 1.0, 2.0
-    assert_product(layer.linear(x, packed), x, layer)
+    x = torch.zeros(5, columns)
+    x[:, 32_768], x[:, where] = torch.arange(1.0, 6), 2.0
+    for batch in (1, 5):
+        assert_product(layer.linear(x[:batch], packed), x[:batch], layer)
 
 
 def test_shapes_of_x(make_layer: Callable) -> None:

@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from .servers import (
     ServerError,
     free_port,
@@ -251,7 +253,8 @@ def running(
     """Start all, and stop all at the end, whatever ends it.
 
     Args:
-        contenders: the first one must run; of the others those that cannot are reported and left out.
+        contenders: the first one must run; of the others those that cannot are reported and left out, and so is
+            one for which less memory is free than another took: all are loaded at the same time.
         try_out: asked of each once it has started, so that what is compiled for the first requests is.
 
     Yields:
@@ -262,6 +265,7 @@ def running(
     """
     ready: list[AnyContender] = []
     left_out: dict[str, str] = {}
+    largest = 0  # bytes that one took
     with ExitStack() as stack:
         # servers run in sessions of their own: whoever ends this process by a signal would leave them behind
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -269,7 +273,10 @@ def running(
         for contender in contenders:
             stack.callback(contender.stop)
             log.info("%s: starting", contender.name)
+            free = free_memory()
             try:
+                if free < largest:
+                    raise ServerError(f"{_gib(free)} of memory are free, one before it took {_gib(largest)}")
                 contender.start()
                 try_out(contender)
             except ServerError as error:
@@ -280,4 +287,14 @@ def running(
                 left_out[contender.name] = str(error)
             else:
                 ready.append(contender)
+                largest = max(largest, free - free_memory())
         yield ready, left_out
+
+
+def free_memory() -> int:
+    """Bytes that can be had on this machine without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
