@@ -42,9 +42,9 @@ SMALL_BATCH = 16
 _ANY = 1 << 62
 FUSED_BATCHES = {
     "scalar": (SMALL_BATCH, SMALL_BATCH, SMALL_BATCH, SMALL_BATCH),
-    "avx2": (128, 128, SMALL_BATCH, SMALL_BATCH),
+    "avx2": (128, 128, 24, SMALL_BATCH),
     "avx512": (_ANY, _ANY, _ANY, SMALL_BATCH),
-    "bfloat16": (48, 48, SMALL_BATCH, SMALL_BATCH),
+    "bfloat16": (48, 48, 64, SMALL_BATCH),
 }
 """Largest batches that are multiplied from codes, of uniform, lut and trellis weights and of any with float32 inputs;
 for larger ones torch's product of dequantized panels is faster. By instruction set where torch computes that in

@@ -141,6 +141,14 @@ struct Avx2 {
                                   _mm256_set1_epi32(int(0x83DCD12Du)));
     }
     static REQUANT_INLINE Lanes byte_pairs(Lanes words) { return _mm256_maddubs_epi16(words, _mm256_set1_epi8(1)); }
+    static REQUANT_INLINE Lanes byte_sums(Lanes words, Lanes other) {
+        const __m256i sums = _mm256_madd_epi16(byte_pairs(words), _mm256_set1_epi16(1));
+        return _mm256_add_epi32(_mm256_slli_epi32(other, 16), sums);
+    }
+    static constexpr int joined_from = 2;
+    static REQUANT_INLINE Lanes dot_alone(Lanes sum, Lanes words, int16_t x) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(byte_pairs(words), _mm256_set1_epi16(x)));
+    }
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(x)));
     }

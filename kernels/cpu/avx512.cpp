@@ -125,7 +125,10 @@ struct Avx512 {
         return _mm512_mullo_epi32(_mm512_and_si512(windows, _mm512_set1_epi32(int(mask))),
                                   _mm512_set1_epi32(int(0x83DCD12Du)));
     }
-    static REQUANT_INLINE Lanes byte_pairs(Lanes words) { return _mm512_maddubs_epi16(words, _mm512_set1_epi8(1)); }
+    static constexpr int joined_from = 1;
+    static REQUANT_INLINE Lanes byte_sums(Lanes words, Lanes other) {
+        return _mm512_dpbusd_epi32(_mm512_slli_epi32(other, 16), words, _mm512_set1_epi8(1));
+    }
     static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
         return _mm512_dpwssd_epi32(sum, pairs, _mm512_set1_epi32(x));
     }

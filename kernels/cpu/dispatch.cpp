@@ -387,7 +387,7 @@ void trellis_linear(const Trellis& w, const float* x, int64_t batch, int planes,
     std::memcpy(rotated, x, size_t(batch * w.columns) * 4);
     isa.rotate(batch, w.columns, w.block_in, w.signs_in, rotated);
     float* scales = buffer<float>(1, cells);
-    int32_t* words = buffer<int32_t>(0, batch * w.columns * count);
+    int16_t* words = buffer<int16_t>(0, batch * w.columns * count);
     int32_t* sums = buffer<int32_t>(1, cells * count);
     isa.quantize_words(rotated, batch, w.columns, w.block_in, count, words, scales, sums);
     float* memory = buffer<float>(4, side_by_side_of(w.columns));

@@ -38,10 +38,10 @@ constexpr int64_t MAX_BATCH = 16;    // activations that are multiplied together
 constexpr int64_t SIDE_BY_SIDE = 4;  // from as many activations on the sparse part is multiplied with all at once
 static_assert(MAX_BATCH == STEP, "all of a batch side by side are a line of memory");
 
-// Windows whose residual is computed at a time, of a batch of at most MAX_BATCH.
-constexpr int64_t stretch_of(int64_t batch) { return 64 / batch; }
+constexpr int64_t STRETCH = 64;  // windows whose residual is computed at a time, times activations
+constexpr int64_t stretch_of(int64_t batch) { return STRETCH / batch; }
 // Floats of scratch for dense sums of up to `rows` rows and, twice, the residual of a stretch.
-constexpr int64_t scratch_of(int64_t batch, int64_t rows) { return batch * rows + 2 * 64 * WINDOW; }
+constexpr int64_t scratch_of(int64_t batch, int64_t rows) { return batch * rows + 2 * STRETCH * WINDOW; }
 
 enum Kind : int { UNIFORM = 0, LUT = 1, TRELLIS = 2 };
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
@@ -85,7 +85,7 @@ struct Sparse {
 struct SparseActivations {
     int64_t batch, columns;
     const float* x;             // [batch, columns]
-    const float* side_by_side;  // [columns, STEP]: transposed, zeros where the batch ends; null below SIDE_BY_SIDE
+    const float* side_by_side;  // [columns, STEP]: transposed, of no meaning behind the batch; null below SIDE_BY_SIDE
 };
 
 struct Weights {
@@ -159,7 +159,7 @@ struct Trellis {
 struct TrellisActivations {
     int64_t batch;
     int count;              // words of an activation
-    const int32_t* words;   // [columns / block_in, batch, count, block_in], each word twice
+    const int16_t* words;   // [columns / block_in, batch, count, block_in]
     const float* scales;    // [columns / block_in, batch]
     const int32_t* sums;    // [columns / block_in, batch, count] 510 times the words' sum
     SparseActivations sparse;
@@ -192,7 +192,7 @@ struct Tier {
     void (*rotate_back)(int64_t count, int64_t columns, int64_t block, const float* signs, float* x);
     // words, scales and sums of a TrellisActivations from its rotated x
     void (*quantize_words)(const float* rotated, int64_t batch, int64_t columns, int64_t block, int count,
-                           int32_t* words, float* scales, int32_t* sums);
+                           int16_t* words, float* scales, int32_t* sums);
     // y[m, n] for the rows n of the units begin ... end - 1 and all m; sums: scratch_of(batch, trellis_unit) floats
     void (*trellis_linear)(const Trellis&, const TrellisActivations&, int64_t begin, int64_t end, int dtype, void* y,
                            float* sums);

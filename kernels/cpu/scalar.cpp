@@ -105,9 +105,14 @@ struct Scalar {
         return out;
     }
     static REQUANT_INLINE Lanes hashed(Lanes windows, uint32_t mask) { return (windows & mask) * 0x83DCD12Du; }
-    static REQUANT_INLINE Lanes byte_pairs(Lanes words) { return (words & 0x00ff00ffu) + (words >> 8 & 0x00ff00ffu); }
-    static REQUANT_INLINE Lanes dot(Lanes sum, Lanes pairs, int32_t x) {
-        return sum + ((pairs & 0xffffu) + (pairs >> 16)) * uint32_t(int16_t(x));
+    static REQUANT_INLINE Lanes byte_sums(Lanes words, Lanes other) {
+        const Lanes pairs = (words & 0x00ff00ffu) + (words >> 8 & 0x00ff00ffu);
+        return (pairs & 0xffffu) + (pairs >> 16) + (other << 16);
+    }
+    // two products for one: nothing is gained
+    static constexpr int joined_from = 1 << 30;
+    static REQUANT_INLINE Lanes dot_alone(Lanes sum, Lanes words, int16_t x) {
+        return sum + byte_sums(words, Lanes{}) * uint32_t(x);
     }
     static constexpr int chains = 1, word_sums = 4;
     static REQUANT_INLINE Lanes plus(Lanes a, Lanes b) { return a + b; }

@@ -2,8 +2,9 @@
 // Hadamard transforms (format/SPEC.md, section 4). Written once over a tier, like tier.h, and under the same rules.
 //
 // A string has as many rows as an output block and runs down its columns, so that 16 consecutive windows are 16 output
-// rows, one lane each, and meet one broadcast activation. The code is a sum of bytes: two instructions multiply it by a
-// 16-bit integer, so that 16 bits of an activation cost no more than 8.
+// rows, one lane each, and meet one broadcast activation. The code is a sum of bytes, of which a lane holds two, those of
+// neighbouring columns: one instruction multiplies both by 16-bit integers, so that 16 bits of an activation cost no more
+// than 8.
 //
 // The tier S provides
 //   lanes               windows of a vector, a divisor of 16
@@ -11,8 +12,10 @@
 //   windows<K>(p, v)    lane i holds the 32 bits from bit (v lanes + i) K of the bytes on, of which the lowest L are the
 //                       window; reads 16 bytes
 //   hashed(windows, mask)  their L bits times 0x83DCD12D: the byte sum, less 510, is the value of a state
-//   byte_pairs(words)   two sums of two bytes a lane
-//   dot(sum, pairs, x)  sum + both of them times x, which comes twice, as two 16-bit integers
+//   byte_sums(words, other)  the sum of the four bytes of a lane, plus 2^16 times `other`
+//   joined_from         words of activations from which on that is worth while; for fewer:
+//   dot_alone(sum, words, x)  sum + the sum of a lane's four bytes times x
+//   dot(sum, pairs, x)  sum + the lower times the lower 16 bits of x, signed, + the upper times the upper
 //   chains, plus        sums that should grow side by side, since the next addition to one waits; of two of them
 //   word_sums           words of activations whose sums stay in registers, a power of 2
 //   add_scaled(to, sum, less, factor)  to[i] += (sum[i] - less) * factor
@@ -23,9 +26,10 @@ namespace {
 
 constexpr int WIDTH = 16;
 
+// The states of a vector of windows from p on, plus 2^16 times `other`.
 template <class S, int K>
-REQUANT_INLINE typename S::Lanes decoded(const uint8_t* p, int v, uint32_t mask) {
-    return S::byte_pairs(S::hashed(S::template windows<K>(p, v), mask));
+REQUANT_INLINE typename S::Lanes decoded(const uint8_t* p, int v, uint32_t mask, typename S::Lanes other) {
+    return S::byte_sums(S::hashed(S::template windows<K>(p, v), mask), other);
 }
 
 typedef float Sixteen __attribute__((vector_size(64)));
@@ -80,10 +84,9 @@ void rotate(int64_t count, int64_t columns, int64_t block, const float* signs, f
         }
 }
 
-// Rotated activations as integers of `words` times 15 bits and a sign, against the largest of their block; each comes
-// twice.
+// Rotated activations as integers of `words` times 15 bits and a sign, against the largest of their block.
 template <class S>
-void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t block, int words, int32_t* out,
+void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t block, int words, int16_t* out,
                     float* scales, int32_t* sums) {
     // 128 weights of up to 510 times this fit an int32
     const float top = words == 1 ? 32512.0f : 32512.0f * 32768;
@@ -99,7 +102,7 @@ void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t bloc
                 const int32_t whole = steps.whole(from[i]);
                 const int32_t part[2] = {words == 1 ? whole : whole >> 15, whole & 32767};
                 for (int word = 0; word < words; ++word) {
-                    out[(here * words + word) * block + i] = int32_t((uint32_t(part[word]) & 0xffff) * 0x00010001u);
+                    out[(here * words + word) * block + i] = int16_t(part[word]);
                     sums[here * words + word] += 510 * part[word];
                 }
             }
@@ -109,41 +112,52 @@ void quantize_words(const float* x, int64_t batch, int64_t columns, int64_t bloc
 // 16 rows of a block of columns times M activations: to[m * stride] += scale * x_scales[m] * sums. Strings of COLUMNS
 // columns each; `codes` is where the rows begin in the first one.
 template <class S, int K, int W, int M, int COLUMNS>
-REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int32_t* x, int64_t block,
+REQUANT_INLINE void trellis_group(const uint8_t* codes, uint32_t mask, const int16_t* x, int64_t block,
                                   const int32_t* x_sums, const float* x_scales, float scale, float* to,
                                   int64_t stride) {
-    constexpr int VECTORS = WIDTH / S::lanes, STRINGS = COLUMNS < 4 ? 4 / COLUMNS : 1;
+    constexpr int VECTORS = WIDTH / S::lanes, STRINGS = 8 / COLUMNS;
     constexpr int CHAINS = M * W < S::chains ? S::chains / (M * W) : 1;
-    static_assert(STRINGS * COLUMNS % CHAINS == 0, "every chain takes its turn");
-    typename S::Lanes sums[CHAINS][M][W][VECTORS];
+    static_assert(STRINGS * COLUMNS / 2 % CHAINS == 0, "every chain takes its turn");
+    typename S::Lanes sums[CHAINS][M * W][VECTORS];
     for (int chain = 0; chain < CHAINS; ++chain)
-        for (int m = 0; m < M; ++m)
-            for (int w = 0; w < W; ++w)
-                for (int v = 0; v < VECTORS; ++v) sums[chain][m][w][v] = typename S::Lanes{};
+        for (int m = 0; m < M * W; ++m)
+            for (int v = 0; v < VECTORS; ++v) sums[chain][m][v] = typename S::Lanes{};
     for (int64_t first = 0; first < block; first += STRINGS * COLUMNS, codes += STRINGS * trellis_stride(K))
-        REQUANT_UNROLL(8)
-        for (int i = 0; i < STRINGS * COLUMNS; ++i) {
-            const uint8_t* p = codes + i / COLUMNS * trellis_stride(K) + i % COLUMNS * (TILE / COLUMNS * K / 8);
+        REQUANT_UNROLL(4)
+        for (int i = 0; i < STRINGS * COLUMNS; i += 2) {
+            const uint8_t* p[2];
+            for (int n = 0; n < 2; ++n)
+                p[n] = codes + (i + n) / COLUMNS * trellis_stride(K) + (i + n) % COLUMNS * (TILE / COLUMNS * K / 8);
             REQUANT_UNROLL(4)
             for (int v = 0; v < VECTORS; ++v) {
-                const typename S::Lanes pairs = decoded<S, K>(p, v, mask);
-                REQUANT_UNROLL(16)
-                for (int m = 0; m < M; ++m)
-                    REQUANT_UNROLL(2)
-                    for (int w = 0; w < W; ++w)
-                        sums[i % CHAINS][m][w][v] =
-                            S::dot(sums[i % CHAINS][m][w][v], pairs, x[(m * W + w) * block + first + i]);
+                typename S::Lanes(&chain)[M * W][VECTORS] = sums[i / 2 % CHAINS];
+                if constexpr (M * W < S::joined_from) {
+                    for (int n = 0; n < 2; ++n) {
+                        const typename S::Lanes words = S::hashed(S::template windows<K>(p[n], v), mask);
+                        REQUANT_UNROLL(16)
+                        for (int m = 0; m < M * W; ++m)
+                            chain[m][v] = S::dot_alone(chain[m][v], words, x[m * block + first + i + n]);
+                    }
+                } else {
+                    const typename S::Lanes upper = decoded<S, K>(p[1], v, mask, typename S::Lanes{});
+                    const typename S::Lanes pairs = decoded<S, K>(p[0], v, mask, upper);
+                    REQUANT_UNROLL(16)
+                    for (int m = 0; m < M * W; ++m) {
+                        int32_t both;
+                        __builtin_memcpy(&both, x + m * block + first + i, sizeof both);
+                        chain[m][v] = S::dot(chain[m][v], pairs, both);
+                    }
+                }
             }
         }
-    for (int m = 0; m < M; ++m)
-        for (int w = 0; w < W; ++w) {
-            const float factor = scale * x_scales[m] * (w + 1 < W ? 32768.0f : 1.0f);
-            for (int v = 0; v < VECTORS; ++v) {
-                typename S::Lanes sum = sums[0][m][w][v];
-                for (int chain = 1; chain < CHAINS; ++chain) sum = S::plus(sum, sums[chain][m][w][v]);
-                S::add_scaled(to + m * stride + v * S::lanes, sum, x_sums[m * W + w], factor);
-            }
+    for (int m = 0; m < M * W; ++m) {
+        const float factor = scale * x_scales[m / W] * (m % W + 1 < W ? 32768.0f : 1.0f);
+        for (int v = 0; v < VECTORS; ++v) {
+            typename S::Lanes sum = sums[0][m][v];
+            for (int chain = 1; chain < CHAINS; ++chain) sum = S::plus(sum, sums[chain][m][v]);
+            S::add_scaled(to + m / W * stride + v * S::lanes, sum, x_sums[m], factor);
         }
+    }
 }
 
 // The same for the activations from m on, M at a time while there are as many, then half of it.
@@ -224,10 +238,10 @@ void trellis_linear(const Trellis& w, const TrellisActivations& in, int64_t begi
     }
 }
 
-// Rotated weights of the row blocks begin ... end - 1, transposed: out [columns, stride] of type `dtype`, from row block
+// Rotated weights of the row blocks begin ... end - 1, transposed: out [columns, stride] of type DTYPE, from row block
 // `begin` on. A string runs down a column; rows of weights would be written a float a cache line.
-template <class S, int K>
-void trellis_rows(const Trellis& w, int64_t begin, int64_t end, int dtype, void* out, int64_t stride) {
+template <class S, int K, int DTYPE>
+void trellis_columns(const Trellis& w, int64_t begin, int64_t end, char* out, int64_t stride) {
     const uint32_t mask = (1u << w.state_bits) - 1;
     const int64_t size = w.block_out, tile_columns = TILE / size;
     const int64_t tiles = w.columns / tile_columns, groups = w.columns / w.block_in;
@@ -235,17 +249,28 @@ void trellis_rows(const Trellis& w, int64_t begin, int64_t end, int dtype, void*
         for (int64_t t = 0; t < tiles; ++t) {
             const uint8_t* tile = w.codes + (block * tiles + t) * trellis_stride(K);
             const float scale = S::half_to_float(w.scales[block * groups + t * tile_columns / w.block_in]);
-            for (int v = 0; v < TILE / WIDTH; ++v) {
-                const int64_t column = t * tile_columns + v * WIDTH / size;
-                float weights[WIDTH] = {};
-                for (int h = 0; h < WIDTH / S::lanes; ++h) {
-                    const typename S::Lanes pairs = decoded<S, K>(tile + v * 2 * K, h, mask);
-                    S::add_scaled(weights + h * S::lanes, S::dot(typename S::Lanes{}, pairs, 0x00010001), 510, scale);
-                }
-                const int64_t at = column * stride + (block - begin) * size + v * WIDTH % size;
-                narrow<S>(dtype, weights, static_cast<char*>(out) + at * size_of(dtype), WIDTH);
+            float weights[TILE] = {};
+            REQUANT_UNROLL(16)
+            for (int v = 0; v < TILE / S::lanes; ++v) {
+                const int window = v * S::lanes / WIDTH, part = v % (WIDTH / S::lanes);
+                const typename S::Lanes states = decoded<S, K>(tile + window * 2 * K, part, mask, typename S::Lanes{});
+                S::add_scaled(weights + v * S::lanes, states, 510, scale);
+            }
+            for (int64_t c = 0; c < tile_columns; ++c) {
+                const int64_t at = (t * tile_columns + c) * stride + (block - begin) * size;
+                narrow<S>(DTYPE, weights + c * size, out + at * size_of(DTYPE), size);
             }
         }
+}
+
+template <class S, int K>
+void trellis_rows(const Trellis& w, int64_t begin, int64_t end, int dtype, void* out, int64_t stride) {
+    char* to = static_cast<char*>(out);
+    switch (dtype) {
+        case F32: return trellis_columns<S, K, F32>(w, begin, end, to, stride);
+        case BF16: return trellis_columns<S, K, BF16>(w, begin, end, to, stride);
+        default: return trellis_columns<S, K, F16>(w, begin, end, to, stride);
+    }
 }
 
 template <class S>

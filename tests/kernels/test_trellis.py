@@ -67,7 +67,7 @@ def test_products_equal_the_reference(isa: str, bits: int, state_bits: int, shap
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch", [2, 40])
+@pytest.mark.parametrize("batch", [2, 40, 80])
 @pytest.mark.parametrize("native", [False, True])
 def test_half_precision(monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype, batch: int) -> None:
     monkeypatch.setattr(ops, "PANEL_BYTES", 1)  # a panel of 128 rows, and a rest
@@ -76,7 +76,7 @@ def test_half_precision(monkeypatch: pytest.MonkeyPatch, native: bool, dtype: to
     x = torch.randn(batch, 576).to(dtype)
     y = linear(layer, x[None], repack(layer))[0]
     # one rounding of the result, and in torch's bfloat16 of rotated activations and weights
-    rounded = native and dtype == torch.bfloat16 and batch > cpu.SMALL_BATCH
+    rounded = native and dtype == torch.bfloat16 and batch > cpu.FUSED_BATCHES["bfloat16"][2]
     assert_product(y, x, layer, (4 if rounded else 1) * torch.finfo(dtype).eps)
 
 
