@@ -55,10 +55,12 @@ def command(
     set_up_logging()
     with command_errors():
         from ..offline.evaluate import BUILTIN_DATASET
-        from ..offline.report.evidence import EvidenceError, is_checkpoint
+        from ..offline.report.evidence import Evidence, EvidenceError, is_checkpoint
         from ..offline.report.page import write_figures, write_page
         from ..offline.sweep import ALL_BASES, Sweep, read_runs
 
+        if not (sources or results or tables):
+            raise EvidenceError("nothing to report: name checkpoints or a model, or --results of a sweep, or --tables")
         prepare_results(output)
         folders = [Path(source) for source in sources or () if is_checkpoint(Path(source))]
         models = [source for source in sources or () if not is_checkpoint(Path(source))]
@@ -80,7 +82,7 @@ def command(
                 log.info("%s: %.3f bits a weight", row["name"], row["bits_per_weight"])
             results = [*(results or []), sweep.output]
             folders += [output / "checkpoints" / name for name in sweep.results() if fnmatch(name, only)]
-        evidence = _evidence(folders, results, tables)
+        evidence = Evidence.read(folders, results or [], tables)
         sections = _sections(evidence)
         for section in sections:
             write_figures(output / section.name, section.figures)
@@ -96,25 +98,17 @@ def plot_command(
     """Draw the figures of one checkpoint, as PNG, CSV and JSON."""
     set_up_logging()
     with command_errors():
-        from ..offline.report.evidence import EvidenceError
+        from ..offline.report.evidence import Evidence, EvidenceError
         from ..offline.report.figures import conversion_figures
         from ..offline.report.page import write_figures
 
         prepare_results(output)
-        (conversion,) = _evidence([folder], None, None).conversions
+        (conversion,) = Evidence.read([folder], [], None).conversions
         figures = {figure.name: figure for figure in conversion_figures(conversion)}
         if only and only not in figures:
             raise EvidenceError(f"--only {only}: choose one of {', '.join(figures)}")
         for picture in write_figures(output, [figures[only]] if only else figures.values()):
             typer.echo(str(picture))
-
-
-def _evidence(folders: list[Path], results: list[Path] | None, tables: Path | None) -> "Evidence":
-    from ..offline.report.evidence import Evidence, EvidenceError
-
-    if not (folders or results or tables):
-        raise EvidenceError("nothing to report: name checkpoints or a model, or --results of a sweep, or --tables")
-    return Evidence.read(folders, results or [], tables)
 
 
 def _sections(evidence: "Evidence") -> "list[Section]":

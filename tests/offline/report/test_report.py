@@ -259,7 +259,7 @@ def test_places() -> None:
     assert place("lm_head") is None
 
 
-def test_nothing_to_report() -> None:
-    done = CliRunner().invoke(app, ["report"])
-    assert done.exit_code != 0
+def test_nothing_to_report(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["report", "-o", str(tmp_path / "out")])
+    assert done.exit_code != 0 and not (tmp_path / "out").exists()
     assert "name checkpoints or a model, or --results" in done.stderr
