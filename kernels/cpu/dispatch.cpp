@@ -327,9 +327,12 @@ T* buffer(int which, int64_t count) {
 // Floats for activations side by side, and behind them what it takes to begin with a line of memory.
 constexpr int64_t side_by_side_of(int64_t columns) { return (columns + 1) * STEP; }
 
-// A batch of at most MAX_BATCH, x [batch, columns], for the sparse part of a weight; `memory`: side_by_side_of(columns).
-SparseActivations for_sparse(const Sparse& sparse, const float* x, int64_t batch, int64_t columns, float* memory) {
+// A batch of at most MAX_BATCH, x [batch, columns], for the sparse part of a weight; `memory`: side_by_side_of(columns),
+// without it a buffer of this thread.
+SparseActivations for_sparse(const Sparse& sparse, const float* x, int64_t batch, int64_t columns,
+                             float* memory = nullptr) {
     if (!sparse.windows || batch < SIDE_BY_SIDE) return {batch, columns, x, nullptr};
+    if (!memory) memory = buffer<float>(4, side_by_side_of(columns));
     const auto line = (reinterpret_cast<uintptr_t>(memory) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     float* side_by_side = reinterpret_cast<float*>(line);
     tier().side_by_side(x, batch, columns, side_by_side);
@@ -369,8 +372,7 @@ void integer_linear(const Weights& w, const float* x, int64_t batch, int planes,
     float* sums = buffer<float>(2, cells * w.parts());
     int8_t* bytes = buffer<int8_t>(0, cells * planes * CHUNK);
     isa.quantize(x, batch, w.columns, planes, isa.order(w.kind, w.bits, planes), w.parts(), bytes, scales, sums);
-    float* memory = buffer<float>(4, side_by_side_of(w.columns));
-    const Activations in{batch, planes, w.parts(), bytes, scales, sums, for_sparse(w.sparse, x, batch, w.columns, memory)};
+    const Activations in{batch, planes, w.parts(), bytes, scales, sums, for_sparse(w.sparse, x, batch, w.columns)};
     const int threads = thread_count(w.rows * w.columns * batch, windows);
     float* scratch = buffer<float>(3, threads * scratch_of(batch, WINDOW));
     share(threads, windows, [&](int64_t begin, int64_t end, int thread) {
@@ -390,8 +392,7 @@ void trellis_linear(const Trellis& w, const float* x, int64_t batch, int planes,
     int16_t* words = buffer<int16_t>(0, batch * w.columns * count);
     int32_t* sums = buffer<int32_t>(1, cells * count);
     isa.quantize_words(rotated, batch, w.columns, w.block_in, count, words, scales, sums);
-    float* memory = buffer<float>(4, side_by_side_of(w.columns));
-    const TrellisActivations in{batch, count, words, scales, sums, for_sparse(w.sparse, x, batch, w.columns, memory)};
+    const TrellisActivations in{batch, count, words, scales, sums, for_sparse(w.sparse, x, batch, w.columns)};
     const int threads = thread_count(2 * w.rows * w.columns * batch, units);
     float* scratch = buffer<float>(3, threads * scratch_of(batch, unit));
     share(threads, units, [&](int64_t begin, int64_t end, int thread) {

@@ -276,7 +276,10 @@ def running(
             free = free_memory()
             try:
                 if free < largest:
-                    raise ServerError(f"{_gib(free)} of memory are free, one before it took {_gib(largest)}")
+                    from ..offline.resources import size_text
+
+                    had, took = size_text(free), size_text(largest)
+                    raise ServerError(f"{had} of memory are free, one before it took {took}")
                 contender.start()
                 try_out(contender)
             except ServerError as error:
@@ -294,7 +297,3 @@ def running(
 def free_memory() -> int:
     """Bytes that can be had on this machine without swapping."""
     return int(psutil.virtual_memory().available)
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
