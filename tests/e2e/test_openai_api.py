@@ -1,6 +1,7 @@
 """OpenAI's API on a converted model: one real server, asked through the official client."""
 
 import json
+import logging
 import math
 import urllib.error
 import urllib.request
@@ -320,6 +321,15 @@ def test_requant_serve_becomes_vllms_server(server: Server, converted: Converted
     }
 
 
+@pytest.fixture
+def level_of_root() -> Iterator[None]:
+    """Kept: importing vLLM's app sets it, after which no test of this process would see a warning."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+
+
+@pytest.mark.usefixtures("level_of_root")
 def test_no_route_or_middleware_is_ours() -> None:
     """vLLM's app, built with its plugins loaded."""
     from vllm.entrypoints.launchers.app import build_app
