@@ -235,9 +235,9 @@ def test_a_queue_raises_an_alert_that_clears(server: Server, monitored: tools.Pr
     """Clients wait until it fires, and hang up; of the shipped rule only the wait is shorter."""
     assert monitored.alerts("RequantQueueDeep") == []
 
-    async def until_it_fires() -> bool:
-        # a minute of work, in which this machine has time for those that watch: the engine of a tiny model is faster
-        # than its clients
+    async def until_it_fires() -> None:
+        # minutes of work, in which the machine has time for those that watch: the engine of a tiny model is faster than
+        # its clients
         body = {"ignore_eos": True} | slow.slowly(0.02)
         async with openai.AsyncOpenAI(base_url=server.client.base_url, api_key="none", max_retries=0) as client:
             ask = functools.partial(client.completions.create, model="m", prompt="x", max_tokens=100, n=ANSWERS)
@@ -245,10 +245,10 @@ def test_a_queue_raises_an_alert_that_clears(server: Server, monitored: tools.Pr
             fired = await asyncio.to_thread(_wait, lambda: "firing" in monitored.alerts("RequantQueueDeep"), 90)
             for request in asking:
                 request.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
-        return fired
+            outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        assert fired, outcomes
 
-    assert asyncio.run(until_it_fires())
+    asyncio.run(until_it_fires())
     waiting = monitored.query("max_over_time(sum(vllm:num_requests_waiting)[2m:1s])")
     assert 10 < float(waiting[0]["value"][1]) <= CLIENTS * ANSWERS
     assert _wait(lambda: not monitored.alerts("RequantQueueDeep"), 30), "it does not clear"
